@@ -1,0 +1,30 @@
+"""Training graph neural networks on graphs that do not fit on the GPU, with historical embeddings."""
+
+from gas_triton import functional, models, nn
+from gas_triton.batch import Batch
+from gas_triton.functional import Features
+from gas_triton.graph import Graph
+from gas_triton.history import Histories, HistoryStore, attach_histories
+from gas_triton.inference import inference
+from gas_triton.loader import ClusterLoader
+from gas_triton.partition import Partition, contiguous_partition, metis, random_partition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "ClusterLoader",
+    "Features",
+    "Graph",
+    "Histories",
+    "HistoryStore",
+    "Partition",
+    "attach_histories",
+    "contiguous_partition",
+    "functional",
+    "inference",
+    "metis",
+    "models",
+    "nn",
+    "random_partition",
+]

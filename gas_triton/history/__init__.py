@@ -1,0 +1,6 @@
+"""Histories: tables of the last known input rows of each layer."""
+
+from gas_triton.history.histories import Histories, ReadsHistory, attach_histories
+from gas_triton.history.store import TIERS, HistoryStore
+
+__all__ = ["TIERS", "Histories", "HistoryStore", "ReadsHistory", "attach_histories"]

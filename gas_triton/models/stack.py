@@ -1,0 +1,113 @@
+"""`Stack`: L layers with dropout, batch norm, residuals and linear ends, as PyGAS's models have them."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gas_triton.batch import Batch
+from gas_triton.functional import Features, check_probability
+from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+
+
+class Stack(nn.Module):
+    """A stack of layers of one kind; subclasses say which.
+
+    Args:
+        in_channels: F_in.
+        hidden_channels: width between layers.
+        out_channels: F_out.
+        num_layers: L; with histories, L - 1 tables.
+        dropout: applied to the input of every layer, after it is pushed.
+        drop_input: whether the first layer's input is dropped too.
+        batch_norm: `BatchNorm1d` after every layer but the last (after all with `linear`).
+        residual: adds a layer's input to its output where the widths agree.
+        linear: a linear layer in front and one behind; all L layers are then `hidden_channels` wide.
+        halo: "drop" leaves halo neighbours out (Cluster-GCN).
+        **options: further arguments of the layer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int,
+        *,
+        dropout: float = 0.0,
+        drop_input: bool = True,
+        batch_norm: bool = False,
+        residual: bool = False,
+        linear: bool = False,
+        halo: Halo = "read",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("hidden_channels", hidden_channels),
+            ("out_channels", out_channels),
+            ("num_layers", num_layers),
+        ):
+            check_channels(name, value)
+        check_probability("dropout", dropout)
+        self.hidden_channels = hidden_channels
+        self.dropout, self.drop_input, self.residual = dropout, drop_input, residual
+        self.lins = nn.ModuleList()
+        if linear:
+            self.lins.append(nn.Linear(in_channels, hidden_channels))
+            self.lins.append(nn.Linear(hidden_channels, out_channels))
+        widths = [in_channels, *[hidden_channels] * (num_layers - 1), out_channels]
+        if linear:
+            widths = [hidden_channels] * (num_layers + 1)
+        self.convs = nn.ModuleList()
+        for place in range(num_layers):
+            is_dropped = place > 0 or linear or drop_input
+            conv = self.make_conv(widths[place], widths[place + 1], **options)
+            conv.input_dropout, conv.halo = (dropout if is_dropped else 0.0), halo
+            self.convs.append(conv)
+        num_norms = (num_layers if linear else num_layers - 1) if batch_norm else 0
+        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_channels) for _ in range(num_norms))
+
+    def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
+        """The layer of this model."""
+        raise NotImplementedError
+
+    @property
+    def reg_parameters(self) -> list[nn.Parameter]:
+        """Parameters that PyGAS gives weight decay: all but the last layer's."""
+        kept = {id(p) for p in self.nonreg_parameters}
+        return [p for p in self.parameters() if id(p) not in kept]
+
+    @property
+    def nonreg_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the last layer."""
+        last = self.lins[1:] if len(self.lins) else self.convs[-1:]
+        return list(chain.from_iterable(module.parameters() for module in last))
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        for module in chain(self.lins, self.convs, self.norms):
+            module.reset_parameters()
+
+    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+        """[B, F_out] of `x`: `batch.x` or `batch.features`."""
+        if len(self.lins):
+            x = x.rows() if isinstance(x, Features) else x
+            if self.drop_input:
+                x = F.dropout(x, self.dropout, self.training)
+            x = self.lins[0](x).relu()
+        depth = len(self.convs)
+        for place, conv in enumerate(self.convs):
+            h = conv(x, batch)
+            if place == depth - 1 and not len(self.lins):
+                return h
+            if len(self.norms):
+                h = self.norms[place](h)
+            if self.residual and h.size(1) == (x.num_features if isinstance(x, Features) else x.size(1)):
+                h = h + (x.in_batch() if isinstance(x, Features) else x[: batch.num_nodes])
+            x = h.relu()
+        return self.lins[1](F.dropout(x, self.dropout, self.training))

@@ -1,0 +1,129 @@
+"""What every layer shares: reading its rows, pushing them, and dropping features of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gas_triton import functional
+from gas_triton.batch import Batch
+from gas_triton.functional import Features, Reduce
+from gas_triton.history import HistoryStore, ReadsHistory
+
+Halo = Literal["read", "drop"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows that a layer aggregates: in-batch (and halo) rows, and the table that holds the halo if they do not."""
+
+    x: Tensor | Features
+    batch: Batch
+    halo: Halo
+    table: Tensor | None = None
+    history_dropout: float = 0.0
+    seed: Tensor | None = None
+
+    def aggregate(self, reduce: Reduce, edge_weight: Tensor | None = None) -> Tensor:
+        """The neighbours' rows, reduced, [B, F]."""
+        return functional.aggregate(
+            self.x, self.batch, self.table, reduce, edge_weight=edge_weight, halo=self.halo,
+            history_dropout=self.history_dropout, seed=self.seed,
+        )  # fmt: skip
+
+    def transform_then_aggregate(
+        self, transform: Callable[[Tensor], Tensor], reduce: Reduce, edge_weight: Tensor | None = None
+    ) -> Tensor:
+        """The same of `transform(row)` for every row, each transformed once."""
+        return functional.aggregate(
+            transform(self.rows()), self.batch, reduce=reduce, edge_weight=edge_weight, halo=self.halo
+        )
+
+    def rows(self) -> Tensor:
+        """In-batch rows, then halo rows unless they are left out."""
+        if self.halo == "drop":
+            return self.in_batch()
+        if isinstance(self.x, Features):
+            return self.x.rows()
+        if self.table is None or self.batch.num_halo == 0:
+            return self.x
+        halo = functional.halo_rows(self.table, self.batch, self.x.dtype, self.history_dropout, self.seed)
+        return torch.cat([self.x, halo])
+
+    def in_batch(self) -> Tensor:
+        """In-batch rows [B, F]."""
+        return self.x.in_batch() if isinstance(self.x, Features) else self.x[: self.batch.num_nodes]
+
+
+class HistoryLayer(nn.Module, ReadsHistory):
+    """Base of the layers that can read their halo rows from a history.
+
+    Args:
+        input_dropout: drops features of in-batch and halo rows alike, after in-batch rows are pushed: a history holds
+            rows as they were before dropout. `F.dropout` in front of a layer would store dropped rows.
+        halo: "drop" leaves halo neighbours out (Cluster-GCN).
+    """
+
+    def __init__(self, input_dropout: float = 0.0, halo: Halo = "read") -> None:
+        super().__init__()
+        functional.check_probability("input_dropout", input_dropout)
+        if halo not in ("read", "drop"):
+            raise ValueError(f"halo must be 'read' or 'drop', got {halo!r}")
+        self.input_dropout = input_dropout
+        self.halo: Halo = halo
+        self.history: HistoryStore | None = None
+
+    def read(self, x: Tensor | Features, batch: Batch) -> Source:
+        """Pushes in-batch rows to the history while training, and says where all rows are read.
+
+        Args:
+            x: [B + H, F], [B, F] or `batch.features`.
+            batch: the plan of the step.
+        """
+        p = self.input_dropout if self.training else 0.0
+        if isinstance(x, Features):
+            if p == 0.0:
+                return Source(x, batch, self.halo)
+            seed = functional.draw_seed(batch.device)
+            rows = functional.dropout(x.in_batch(), batch, p, seed)
+            return Source(rows, batch, self.halo, x.table, p, seed)
+        table = None
+        if self.history is not None and x.size(0) == batch.num_nodes:
+            if self.training:
+                self.history.push(x, batch)
+            else:
+                self.history.check(x, batch)
+            table = self.history.table
+        if p == 0.0:
+            return Source(x, batch, self.halo, table)
+        seed = functional.draw_seed(batch.device)
+        return Source(functional.dropout(x, batch, p, seed), batch, self.halo, table, p, seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # a history follows its layer to another device, and never to another dtype
+        super()._apply(fn, recurse)
+        parameter = next(self.parameters(), None)
+        if self.history is not None and parameter is not None:
+            self.history.to(parameter.device)
+        return self
+
+
+def transforms_first(batch: Batch, in_channels: int, out_channels: int) -> bool:
+    """Whether transforming rows before they are gathered moves fewer values than gathering them first.
+
+    Gathering first reads one input row an edge; transforming first reads and writes every distinct row once, then reads
+    one output row an edge.
+    """
+    rows = batch.num_nodes + batch.num_halo
+    return rows * (in_channels + out_channels) + batch.num_edges * out_channels < batch.num_edges * in_channels
+
+
+def check_channels(name: str, value: Any) -> int:
+    """`value` if it is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return value

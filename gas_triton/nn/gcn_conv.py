@@ -1,0 +1,92 @@
+"""`GCNConv`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gas_triton.batch import Batch
+from gas_triton.functional import Features
+from gas_triton.nn.base import Halo, HistoryLayer, check_channels, transforms_first
+
+
+class GCNConv(HistoryLayer):
+    r"""Graph convolution of Kipf and Welling (ICLR 2017), reading halo neighbours from a history.
+
+    `out_i = sum_{j in N(i)} w_ij W h_j + b`, with w the weights of the batch's graph.
+
+    The normalisation is the graph's, made once: `graph.add_self_loops().gcn_norm()`. Parameters have the names and shapes
+    of `torch_geometric.nn.GCNConv`, so a `state_dict` fits both ways.
+
+    Args:
+        in_channels: F_in.
+        out_channels: F_out.
+        improved: the graph's self loops must weigh 2 (`graph.add_self_loops(2.0)`).
+        cached: accepted for PyG's signature; the normalisation is always computed once, on the graph.
+        add_self_loops: whether the graph must have them; as `normalize` if None.
+        normalize: whether the graph must be normalised; False uses its weights as they are.
+        bias: adds b.
+        input_dropout: see `HistoryLayer`.
+        halo: see `HistoryLayer`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        improved: bool = False,
+        cached: bool = False,
+        add_self_loops: bool | None = None,
+        normalize: bool = True,
+        bias: bool = True,
+        *,
+        input_dropout: float = 0.0,
+        halo: Halo = "read",
+    ) -> None:
+        super().__init__(input_dropout, halo)
+        add_self_loops = normalize if add_self_loops is None else add_self_loops
+        if add_self_loops and not normalize:
+            raise ValueError("add_self_loops needs normalize=True: add loops to the graph with graph.add_self_loops()")
+        self.in_channels = check_channels("in_channels", in_channels)
+        self.out_channels = check_channels("out_channels", out_channels)
+        self.improved, self.cached = improved, cached
+        self.add_self_loops, self.normalize = add_self_loops, normalize
+        self.lin = nn.Linear(in_channels, out_channels, bias=False)
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def history_dim(self) -> int:
+        return self.in_channels
+
+    def reset_parameters(self) -> None:
+        """Glorot for W, 0 for b, as PyG."""
+        nn.init.xavier_uniform_(self.lin.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+        """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`."""
+        self._check_normalization(batch)
+        source = self.read(x, batch)
+        if transforms_first(batch, self.in_channels, self.out_channels):
+            out = source.transform_then_aggregate(self.lin, "sum", batch.edge_weight)
+        else:
+            out = self.lin(source.aggregate("sum", batch.edge_weight))
+        return out if self.bias is None else out + self.bias
+
+    def _check_normalization(self, batch: Batch) -> None:
+        if not self.normalize:
+            return
+        fill_value = (2.0 if self.improved else 1.0) if self.add_self_loops else None
+        if batch.normalization == "gcn" and batch.self_loop_weight == fill_value:
+            return
+        loops = {None: "", 1.0: ".add_self_loops()", 2.0: ".add_self_loops(2.0)"}[fill_value]
+        raise ValueError(
+            f"GCNConv(normalize=True, add_self_loops={self.add_self_loops}, improved={self.improved}) needs a graph made "
+            f"by graph{loops}.gcn_norm(), got normalization={batch.normalization}, self loops of weight "
+            f"{batch.self_loop_weight}; GCNConv(normalize=False) uses the graph's weights as they are"
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}"

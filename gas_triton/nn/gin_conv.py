@@ -1,0 +1,70 @@
+"""`GINConv`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gas_triton.batch import Batch
+from gas_triton.functional import Features
+from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+
+
+class GINConv(HistoryLayer):
+    r"""Graph isomorphism layer (Xu et al., ICLR 2019), reading halo neighbours from a history.
+
+    `out_i = nn((1 + eps) h_i + sum_{j in N(i)} h_j)`; edge weights are not used. Parameters have the names and shapes of
+    `torch_geometric.nn.GINConv`, so a `state_dict` fits both ways.
+
+    Args:
+        nn: module from [B, F_in] to [B, F_out].
+        eps: first value of eps.
+        train_eps: whether eps is trained.
+        in_channels: F_in; found in the first linear layer of `nn` if None.
+        input_dropout: see `HistoryLayer`.
+        halo: see `HistoryLayer`.
+    """
+
+    eps: Tensor
+
+    def __init__(
+        self,
+        nn: nn.Module,
+        eps: float = 0.0,
+        train_eps: bool = False,
+        *,
+        in_channels: int | None = None,
+        input_dropout: float = 0.0,
+        halo: Halo = "read",
+    ) -> None:
+        super().__init__(input_dropout, halo)
+        self.nn = nn
+        self.initial_eps = eps
+        self.in_channels = None if in_channels is None else check_channels("in_channels", in_channels)
+        if train_eps:
+            self.eps = torch.nn.Parameter(torch.tensor([eps]))
+        else:
+            self.register_buffer("eps", torch.tensor([eps]))
+
+    @property
+    def history_dim(self) -> int:
+        if self.in_channels is not None:
+            return self.in_channels
+        for module in self.nn.modules():
+            if isinstance(module, nn.Linear):
+                return module.in_features
+        raise ValueError("GINConv cannot tell how wide its history must be: give in_channels=")
+
+    def reset_parameters(self) -> None:
+        """New parameters for `nn`, and eps back to its first value."""
+        for module in self.nn.modules():
+            if module is not self.nn and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if hasattr(self.nn, "reset_parameters"):
+            self.nn.reset_parameters()
+        self.eps.data.fill_(self.initial_eps)
+
+    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+        """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`."""
+        source = self.read(x, batch)
+        return self.nn(source.aggregate("sum") + (1 + self.eps) * source.in_batch())
