@@ -347,14 +347,15 @@ def load(
         known = ", ".join(known_names(root))
         raise ValueError(f"name: expected one of {known} (.npz files from {folder}), got {name!r}")
     name = pyg.get(key) or ogb[key]
-    # The import stays outside of the try: a missing package is not a failed download.
-    package = _import("torch_geometric.datasets" if key in pyg else "ogb.nodeproppred", name)
+    # Imported before the try: a missing package is not a failed download. ogb needs torch_geometric for its graphs.
+    package = _import("torch_geometric.datasets", name)
+    package = package if key in pyg else _import("ogb.nodeproppred", name)
     try:
         fields = _read_pyg(package, name, folder) if key in pyg else _read_ogb(package, name, folder)
-    except Exception as error:  # the loaders raise whatever their download, archive and pickle layers raise
+    except Exception as error:  # whatever their download, archive and pickle layers raise
         raise RuntimeError(
             f"{name}: {package.__name__} could not download or read it under {folder} "
-            f"({type(error).__name__}: {error}); where there is no network, put a {name}.npz file there"
+            f"({type(error).__name__}: {error}); without a network, put the file {name}.npz there"
         ) from error
     return _dataset(fields, name, split, normalize_features)
 
