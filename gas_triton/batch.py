@@ -12,7 +12,8 @@ from torch import Tensor
 from gas_triton.csr import Csr, Transposed, find_hubs, transpose_csr
 from gas_triton.functional import Features
 from gas_triton.graph import Graph
-from gas_triton.kernels.aggregate import HUB_EDGES, row_of_edge
+from gas_triton.kernels.aggregate import HUB_EDGES
+from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.transpose import transpose
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gas_triton.kernels.aggregate import row_of_edge
+from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.transpose import transpose
 
 

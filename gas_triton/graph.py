@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gas_triton.csr import Csr, Transposed, transpose_csr
-from gas_triton.kernels.aggregate import row_of_edge
+from gas_triton.kernels.csr_rows import row_of_edge
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gas_triton.kernels._library import define
+from gas_triton.kernels.aggregate_cpu import aggregate_cpu, winners_cpu
+from gas_triton.kernels.csr_rows import degree, row_of_edge
 from gas_triton.kernels.dropout import keep, keep_mask, row_key, threshold
 from gas_triton.kernels.edge_dot import edge_dot
 
@@ -54,12 +56,6 @@ def aggregate_ref(
     index = row[:, None].expand_as(message)
     out = x.new_zeros(inner[0].numel() - 1, x.size(1))
     return out.scatter_reduce(0, index, message, name, include_self=False)
-
-
-def row_of_edge(rowptr: Tensor, col: Tensor) -> Tensor:
-    """The row of every edge, int64 [E]."""
-    rows = torch.arange(rowptr.numel() - 1, device=rowptr.device)
-    return torch.repeat_interleave(rows, rowptr.diff().long(), output_size=col.numel())
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------
@@ -197,13 +193,16 @@ def _combine_kernel(
     EXTREMUM: tl.constexpr = REDUCE == "max" or REDUCE == "min"  # noqa: PLR1714
     o_hub = tl.program_id(0)
     o_feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    row = tl.load(p_hub_row + o_hub).to(tl.int64)
-    m = (o_feature < F) & (row >= 0)
+    hub_row = tl.load(p_hub_row + o_hub).to(tl.int64)
+    m = o_feature < tl.where(hub_row >= 0, F, 0)
+    row = tl.maximum(hub_row, 0)
     acc = tl.zeros([BLOCK_F], ACC)
     if EXTREMUM:
         arg = tl.full([BLOCK_F], -1, tl.int32)
-    for o_chunk in range(tl.load(p_hub_ptr + o_hub), tl.load(p_hub_ptr + o_hub + 1)):
-        o_partial = o_chunk.to(tl.int64) * F + o_feature
+    first = tl.load(p_hub_ptr + o_hub).to(tl.int64)
+    last = tl.load(p_hub_ptr + o_hub + 1).to(tl.int64)
+    for o_chunk in range(first, last):
+        o_partial = o_chunk * F + o_feature
         value = tl.load(p_partial + o_partial, mask=m, other=0.0)
         if EXTREMUM:
             candidate = tl.load(p_partial_arg + o_partial, mask=m, other=-1)
@@ -214,10 +213,9 @@ def _combine_kernel(
         tl.store(p_arg + row * F + o_feature, arg, mask=m)
         acc = tl.where(arg < 0, 0.0, -acc if REDUCE == "min" else acc)
     elif REDUCE == "mean":
-        m_hub = row >= 0
-        degree = tl.load(p_inner_rowptr + row + 1, mask=m_hub) - tl.load(p_inner_rowptr + row, mask=m_hub)
+        degree = tl.load(p_inner_rowptr + row + 1) - tl.load(p_inner_rowptr + row)
         if HAS_OUTER:
-            degree += tl.load(p_outer_rowptr + row + 1, mask=m_hub) - tl.load(p_outer_rowptr + row, mask=m_hub)
+            degree += tl.load(p_outer_rowptr + row + 1) - tl.load(p_outer_rowptr + row)
         acc = acc / tl.maximum(degree, 1).to(ACC)
     tl.store(p_out + row * F + o_feature, acc.to(p_out.dtype.element_ty), mask=m)
 
@@ -306,106 +304,6 @@ def winners_triton(
         grad.contiguous(), None, weight, inner_transposed, [], hubs, "sum", winner=winner, edge_id=edge_id,
         hub_edges=hub_edges,
     )[0]  # fmt: skip
-
-
-# --- CPU ------------------------------------------------------------------------------------------------------------
-
-
-def aggregate_cpu(
-    x: Tensor, table: Tensor | None, weight: Tensor | None, inner: list[Tensor], outer: list[Tensor],
-    transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor], hubs_transposed: list[Tensor], reduce: str,
-    dropout: float, seed: Tensor | None, hub_edges: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    num_rows, num_inner = inner[0].numel() - 1, inner[1].numel()
-    winner = torch.empty(0, dtype=torch.int32)
-    if num_rows == 0 or x.size(1) == 0:
-        return aggregate_fake(x, table, weight, inner, outer, [], None, hubs, [], reduce, dropout, seed, hub_edges)
-    weight = None if weight is None else weight.to(dtype)
-    parts = []
-    if num_inner > 0:
-        rows, col = _rows_cpu(x, inner[1], dtype, [])
-        parts.append((rows, inner[0], col, None if weight is None else weight[:num_inner]))
-    if outer and outer[1].numel() > 0:
-        if table is None:
-            rows, col = _rows_cpu(x, outer[1], dtype, outer[2:])
-        else:
-            rows, col = _rows_cpu(table, outer[1], dtype, outer[2:], dropout, seed)
-        parts.append((rows, outer[0], col, None if weight is None else weight[num_inner:]))
-    if reduce in ("max", "min"):
-        out, winner = _extremum_cpu(parts, num_rows, x.size(1), reduce, dtype)
-    elif not parts:
-        out = torch.zeros(num_rows, x.size(1), dtype=dtype)
-    else:
-        out = _bag_sum(*parts[0])
-        for part in parts[1:]:
-            out.add_(_bag_sum(*part))
-        if reduce == "mean":
-            out.div_(degree(inner, outer)[:, None])
-    return out.to(x.dtype), winner
-
-
-def degree(inner: list[Tensor], outer: list[Tensor]) -> Tensor:
-    """Edges of each row, at least 1, int [B]."""
-    count = inner[0].diff()
-    if outer:
-        count = count + outer[0].diff()
-    return count.clamp_(min=1)
-
-
-def _bag_sum(rows: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None) -> Tensor:
-    return torch.embedding_bag(rows, col, rowptr, False, 0, False, weight, True)[0]
-
-
-def _rows_cpu(
-    table: Tensor, col: Tensor, dtype: torch.dtype, compact: list[Tensor], dropout: float = 0.0, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(rows in the accumulator's dtype, columns into them); copies distinct rows only where they must change."""
-    if table.dtype == dtype and dropout == 0.0 and table.stride(-1) == 1:
-        return table, col
-    if compact:
-        slot, ids = compact
-    elif table.size(0) <= col.numel() and dropout == 0.0:
-        return table.to(dtype), col
-    else:
-        ids, slot = torch.unique(col, return_inverse=True)
-        slot = slot.to(col.dtype)
-    rows = table.index_select(0, ids).to(dtype)
-    if dropout > 0.0 and seed is not None:
-        rows.mul_(keep_mask(ids, rows.size(1), dropout, seed)).mul_(1.0 / (1.0 - dropout))
-    return rows, slot
-
-
-def _extremum_cpu(
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], num_rows: int, num_features: int, reduce: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = torch.zeros(num_rows, num_features, dtype=dtype)
-    no_edge = torch.iinfo(torch.int32).max
-    winner = torch.full((num_rows, num_features), no_edge, dtype=torch.int32)
-    if not parts:
-        return out, winner.fill_(-1)
-    messages = [rows[col] if weight is None else rows[col] * weight[:, None] for rows, _, col, weight in parts]
-    message = torch.cat(messages)
-    row = torch.cat([row_of_edge(rowptr, col) for _, rowptr, col, _ in parts])
-    index = row[:, None].expand_as(message)
-    out.scatter_reduce_(0, index, message, "a" + reduce, include_self=False)
-    best = out[row]
-    is_best = (message == best) | (best.isnan() & message.isnan())
-    edge = torch.arange(row.numel(), dtype=torch.int32)[:, None].expand_as(message)
-    winner.scatter_reduce_(0, index, torch.where(is_best, edge, no_edge), "amin", include_self=True)
-    return out, winner.masked_fill_(winner == no_edge, -1)
-
-
-def winners_cpu(
-    grad: Tensor, winner: Tensor, weight: Tensor | None, inner_transposed: list[Tensor], edge_id: Tensor,
-    hubs: list[Tensor], hub_edges: int,
-) -> Tensor:  # fmt: skip
-    rowptr, col = inner_transposed
-    out = grad.new_zeros(rowptr.numel() - 1, grad.size(1))
-    value = grad[col] if weight is None else grad[col] * weight.to(grad.dtype)[:, None]
-    value = value.masked_fill_(winner[col] != edge_id[:, None], 0.0)
-    return out.index_add_(0, row_of_edge(rowptr, col), value)
 
 
 # --- registration and gradient --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gas_triton.kernels._library import define
+from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.dropout import keep, keep_mask, row_key, threshold
 
 CPU_CHUNK = 1 << 15
@@ -59,12 +60,9 @@ def edge_dot_triton(
     lanes = 32 * (16 // min(grad.element_size(), table.element_size()))
     block_f = min(triton.next_power_of_2(num_features), lanes)
     edges = 4 * lanes // block_f
-    rows = torch.repeat_interleave(
-        torch.arange(rowptr.numel() - 1, device=col.device, dtype=col.dtype), rowptr.diff(), output_size=num_edges
-    )
     with torch.cuda.device_of(grad):
         _edge_dot_kernel[(triton.cdiv(num_edges, edges),)](
-            grad, table, rows, col, winner, seed, out, num_edges, first_edge, threshold(dropout),
+            grad, table, row_of_edge(rowptr, col), col, winner, seed, out, num_edges, first_edge, threshold(dropout),
             1.0 / (1.0 - dropout), F=num_features, STRIDE_GRAD=grad.stride(0), STRIDE_TABLE=table.stride(0),
             BLOCK_F=block_f, EDGES=edges, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
             HAS_WINNER=winner is not None, HAS_DROPOUT=dropout > 0.0, num_warps=1,
@@ -77,7 +75,7 @@ def edge_dot_cpu(
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     out = edge_dot_fake(grad, table, rowptr, col, winner, first_edge, dropout, seed)
-    row = torch.repeat_interleave(torch.arange(rowptr.numel() - 1), rowptr.diff().long(), output_size=col.numel())
+    row = row_of_edge(rowptr, col)
     # in pieces: two [E, F] gathers at once would be the largest tensors of a step
     for start in range(0, col.numel(), CPU_CHUNK):
         edges = slice(start, start + CPU_CHUNK)

@@ -25,7 +25,6 @@ from gas_triton.kernels import aggregate, dropout, edge_dot
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
-TL = {"fp32": "fp32", "fp64": "fp64"}
 
 
 def compile_kernel(kernel, signature, constants, arch, num_warps=1):
@@ -66,7 +65,6 @@ def aggregate_case(x, table, features, reduce="sum", weight=False, outer=True, h
     block_f, rows = aggregate.tile(features, min(ITEMSIZE[x], ITEMSIZE[table]))
     chunked = hubs == "chunked"
     accumulator = "fp64" if x == "fp64" else "fp32"
-    extremum = reduce in ("max", "min")
     signature = {
         "p_x": f"*{x}", "p_table": f"*{table}", "p_inner_rowptr": "*i32", "p_inner_col": "*i32",
         "p_out": f"*{accumulator}" if chunked else f"*{x}", "p_arg": "*i32", "p_weight": "*fp32",
@@ -88,7 +86,6 @@ def aggregate_case(x, table, features, reduce="sum", weight=False, outer=True, h
     # the wider of the two row types needs two loads where the narrower fills a lane's 16 bytes with one
     wide = 8 if features * ITEMSIZE[x] % 16 == 0 else 0
     wide += 8 if outer and features * ITEMSIZE[table] % 16 == 0 else 0
-    del extremum
     return aggregate._aggregate_kernel, signature, constants, wide
 
 
@@ -116,7 +113,7 @@ def cases():
         yield f"combine {reduce}", 64, aggregate._combine_kernel, signature, constants, 1
     for winner in (False, True):
         signature = {
-            "p_grad": "*fp32", "p_table": "*bf16", "p_row": "*i32", "p_col": "*i32", "p_winner": "*i32", "p_seed": "*i64",
+            "p_grad": "*fp32", "p_table": "*bf16", "p_row": "*i64", "p_col": "*i32", "p_winner": "*i32", "p_seed": "*i64",
             "p_out": "*fp32", "num_edges": "i32", "first_edge": "i32", "drop_below": "i32", "drop_scale": "fp32",
         }  # fmt: skip
         constants = {
@@ -133,8 +130,16 @@ def cases():
     yield "dropout", 64, dropout._dropout_kernel, signature, constants, 1
 
 
-def main(architectures):
-    for name, cap, kernel, signature, constants, wide_loads in cases():
+def controls():
+    """Kernels that must be found wrong: a tile that cannot fit in registers, and rows that are not 16-byte aligned."""
+    kernel, signature, constants, wide_loads = aggregate_case("fp32", "fp32", 1024)
+    yield "control: tile too large", 80, kernel, signature, constants | {"BLOCK_F": 1024, "ROWS": 8}, wide_loads
+    kernel, signature, constants, _ = aggregate_case("fp32", "fp32", 33)
+    yield "control: narrow loads", 80, kernel, signature, constants, 16
+
+
+def main(chosen, architectures):
+    for name, cap, kernel, signature, constants, wide_loads in chosen:
         for arch in architectures:
             num_warps = 4 if name == "dropout" else 1
             found = resources(compile_kernel(kernel, signature, constants, arch, num_warps))
@@ -145,8 +150,9 @@ def main(architectures):
                 wrong.append(f"{found['wide_loads']} row loads of 16 bytes, expected {wide_loads}")
             if found["registers"] > cap:
                 wrong.append(f"{found['registers']} registers, cap {cap}")
-            print(json.dumps({"kernel": name, "arch": arch, **found, "wrong": wrong}), flush=True)
+            print(json.dumps({"kernel": name, "function": kernel.__name__, "arch": arch, **found, "wrong": wrong}), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]] or [90])
+    arguments = sys.argv[1:]
+    main(controls() if "--controls" in arguments else cases(), [int(a) for a in arguments if a.isdigit()] or [90])

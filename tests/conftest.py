@@ -10,6 +10,10 @@ from types import ModuleType
 import pytest
 import torch
 
+# Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gas_triton")
