@@ -147,7 +147,7 @@ class Batch:
         return self._once("outer_joint_col", lambda: self.outer_slot + self.num_nodes)
 
     def transposed_inner(self, shared: bool) -> tuple[Transposed, list[Tensor]]:
-        """The transpose of `inner` and its hubs; with `shared`, the arrays of `inner` itself, which must be symmetric."""
+        """The transpose of `inner` and its hubs; `shared` gives the arrays of `inner` itself, which must be symmetric."""
         if shared:
             return self._once("inner shared", lambda: self._with_hubs(Transposed(*self.inner, None)))
         return self._once("inner transposed", lambda: self._with_hubs(transpose_csr(self.inner, self.num_nodes)))
@@ -227,7 +227,9 @@ class Planner:
             hub_edges=self.hub_edges,
         )  # fmt: skip
 
-    def plan(self, clusters: Sequence[int], spans: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]) -> Batch:
+    def plan(
+        self, clusters: Sequence[int], spans: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]
+    ) -> Batch:
         """The batch of the rows in `spans`, whose edges lie in `edges`, ranges of the graph's `col`."""
         graph = self.graph
         device, index = graph.device, graph.col.dtype

@@ -63,7 +63,7 @@ def aggregate(
     without neighbours is 0; equal extrema give their gradient to one edge.
 
     Args:
-        x: [B + H, F] (in-batch rows, then halo rows, gradient to all), or [B, F] with `history`, or a `Features` handle.
+        x: [B + H, F] (in-batch rows, then halo rows, gradient to all), or [B, F] with `history`, or `batch.features`;
             float32, float16, bfloat16 or float64; the sum is accumulated in float32 (float64 for float64).
         batch: the plan of the step.
         history: [N, F] of any floating dtype, read in place for halo neighbours; no gradient.
@@ -112,8 +112,6 @@ def aggregate(
             is_graph_weight = edge_weight is None or edge_weight is batch.edge_weight
             shared = batch.symmetric and is_graph_weight and reduce in ("sum", "mean")
             csr, hubs_transposed = batch.transposed_inner(shared)
-            if rows.size(0) > batch.num_nodes:
-                raise ValueError(f"x has {rows.size(0)} rows but only the {batch.num_nodes} in-batch rows are read")
         transposed, edge_id = [csr.rowptr, csr.col], csr.edge_id
     return aggregate_op(
         rows, table, edge_weight, [inner.rowptr, inner_col], outer, transposed, edge_id, batch.hubs, hubs_transposed,

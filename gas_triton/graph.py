@@ -187,7 +187,7 @@ class Graph:
         if self._symmetric is None:
             reverse = self._sorted_transpose()
             same = torch.equal(reverse.rowptr, self.rowptr) and torch.equal(reverse.col, self.col)
-            if same and self.weight is not None:
+            if same and self.weight is not None and reverse.edge_id is not None:
                 same = torch.equal(self.weight.index_select(0, reverse.edge_id), self.weight)
             self._symmetric = same
         return self._symmetric

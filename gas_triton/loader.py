@@ -115,4 +115,6 @@ def _check_node_tensor(name: str, tensor: Tensor, num_nodes: int) -> None:
     if tensor.dim() == 0 or tensor.size(0) != num_nodes:
         raise ValueError(f"{name} must have {num_nodes} rows, one for each node, got shape {list(tensor.shape)}")
     if name.endswith("mask") and tensor.dim() != 1:
-        raise ValueError(f"{name} is a mask and must have shape [{num_nodes}], got {list(tensor.shape)}: pick one split")
+        raise ValueError(
+            f"{name} is a mask and must have shape [{num_nodes}], got {list(tensor.shape)}: pick one split"
+        )

@@ -161,7 +161,9 @@ def contiguous_partition(graph: Graph, sizes: Sequence[int]) -> Partition:
         ValueError: a size below 1, or another sum.
     """
     if min(sizes, default=0) < 1 or sum(sizes) != graph.num_nodes:
-        raise ValueError(f"sizes must be positive and sum to {graph.num_nodes}, got {min(sizes, default=0)} and {sum(sizes)}")
+        raise ValueError(
+            f"sizes must be positive and sum to {graph.num_nodes}, got {min(sizes, default=0)} and {sum(sizes)}"
+        )
     return _by_degree(graph, torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)))
 
 
@@ -217,7 +219,11 @@ def _read_cached(path: Path, num_nodes: int, num_parts: int) -> np.ndarray | Non
         cluster = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    if cluster.shape != (num_nodes,) or cluster.dtype != np.int32 or not 0 <= cluster.min() <= cluster.max() < num_parts:
+    if (
+        cluster.shape != (num_nodes,)
+        or cluster.dtype != np.int32
+        or not 0 <= cluster.min() <= cluster.max() < num_parts
+    ):
         return None
     return cluster
 

@@ -21,8 +21,8 @@ def define(
 ) -> Callable[..., Any]:
     """Defines `gas_triton::<schema>` and returns what calls it.
 
-    `Library.define` and `impl` cost about a quarter of `torch.library.custom_op` for each call, and a layer call crosses
-    this boundary once. In eager mode the gradient is an `autograd.Function` around the op, a third of the cost of the
+    `Library.define` and `impl` cost about a quarter of `torch.library.custom_op` for each call, and a layer call
+    crosses this boundary once. In eager mode the gradient is an `autograd.Function` around the op, a third of the cost of the
     one that `register_autograd` makes; a traced model gets the registered one, with the same two functions.
     """
     name = schema.split("(", 1)[0]
@@ -45,7 +45,7 @@ def define(
         # `autograd.Function` wants one gradient for a list argument, `register_autograd` a list of them
         return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))
 
-    function = type(
+    function: Any = type(
         name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
     )
 

@@ -69,9 +69,9 @@ def _message(
 ):  # fmt: skip
     col = tl.load(p_col + o_edge, mask=m_edge, other=0).to(tl.int64)
     m = m_edge[:, None] & m_feature[None, :]
-    value = tl.load(
-        p_table + col[:, None] * STRIDE + o_feature[None, :], mask=m, other=0.0, eviction_policy=EVICT
-    ).to(ACC)
+    value = tl.load(p_table + col[:, None] * STRIDE + o_feature[None, :], mask=m, other=0.0, eviction_policy=EVICT).to(
+        ACC
+    )
     if HAS_WEIGHT:
         value *= tl.load(p_weight + o_edge, mask=m_edge, other=0.0).to(ACC)[:, None]
     if HAS_WINNER:
@@ -104,7 +104,7 @@ def _aggregate_kernel(
     HAS_DROPOUT: tl.constexpr, HAS_WINNER: tl.constexpr, HUB_EDGES: tl.constexpr, SKIP_HUBS: tl.constexpr,
     CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    EXTREMUM: tl.constexpr = REDUCE == "max" or REDUCE == "min"  # noqa: PLR1714
+    EXTREMUM: tl.constexpr = REDUCE == "max" or REDUCE == "min"
     o_program = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     m_feature = o_feature < F
@@ -190,7 +190,7 @@ def _combine_kernel(
     p_partial, p_partial_arg, p_hub_row, p_hub_ptr, p_inner_rowptr, p_outer_rowptr, p_out, p_arg,
     F: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr, REDUCE: tl.constexpr, HAS_OUTER: tl.constexpr,
 ):  # fmt: skip
-    EXTREMUM: tl.constexpr = REDUCE == "max" or REDUCE == "min"  # noqa: PLR1714
+    EXTREMUM: tl.constexpr = REDUCE == "max" or REDUCE == "min"
     o_hub = tl.program_id(0)
     o_feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     hub_row = tl.load(p_hub_row + o_hub).to(tl.int64)
@@ -224,7 +224,7 @@ def _combine_kernel(
 
 
 def tile(num_features: int, itemsize: int) -> tuple[int, int]:
-    """(BLOCK_F, ROWS) of one warp: each lane owns one 16-byte vector of the narrower table, spare lanes take more rows."""
+    """(BLOCK_F, ROWS) of one warp: a lane owns one 16-byte vector of the narrower dtype, spare lanes take more rows."""
     lanes = 32 * (16 // itemsize)
     block_f = min(triton.next_power_of_2(num_features), lanes)
     return block_f, lanes // block_f
@@ -291,9 +291,7 @@ def aggregate_triton(
     transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor], hubs_transposed: list[Tensor], reduce: str,
     dropout: float, seed: Tensor | None, hub_edges: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch(
-        x, table, weight, inner, outer[:2], hubs, reduce, dropout=dropout, seed=seed, hub_edges=hub_edges
-    )
+    return _launch(x, table, weight, inner, outer[:2], hubs, reduce, dropout=dropout, seed=seed, hub_edges=hub_edges)
 
 
 def winners_triton(
@@ -333,7 +331,9 @@ winners = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, table, weight, inner, outer, transposed, edge_id, hubs, hubs_transposed, reduce, dropout, seed, hub_edges = inputs
+    x, table, weight, inner, outer, transposed, edge_id, hubs, hubs_transposed, reduce, dropout, seed, hub_edges = (
+        inputs
+    )
     needs_rows = weight is not None and weight.requires_grad
     winner = output[1]
     ctx.mark_non_differentiable(winner)
@@ -358,7 +358,19 @@ def _backward(ctx, grad, _):
             grad_x = winners(grad, winner, weight_t, ctx.transposed, edge_id, ctx.hubs_transposed, ctx.hub_edges)
         else:
             grad_x = aggregate(
-                grad, None, weight_t, ctx.transposed, [], [], None, ctx.hubs_transposed, [], "sum", 0.0, None, ctx.hub_edges
+                grad,
+                None,
+                weight_t,
+                ctx.transposed,
+                [],
+                [],
+                None,
+                ctx.hubs_transposed,
+                [],
+                "sum",
+                0.0,
+                None,
+                ctx.hub_edges,
             )[0]
     if ctx.needs_input_grad[2]:
         winner = winner if is_extremum else None
@@ -370,7 +382,13 @@ def _backward(ctx, grad, _):
         grad_weight = torch.cat(parts).to(weight.dtype)
     inner, outer, transposed, hubs, hubs_transposed = (
         [None] * length
-        for length in (len(ctx.inner), len(ctx.outer), len(ctx.transposed), ctx.num_hub_tensors, len(ctx.hubs_transposed))
+        for length in (
+            len(ctx.inner),
+            len(ctx.outer),
+            len(ctx.transposed),
+            ctx.num_hub_tensors,
+            len(ctx.hubs_transposed),
+        )
     )
     return grad_x, None, grad_weight, inner, outer, transposed, None, hubs, hubs_transposed, None, None, None, None
 

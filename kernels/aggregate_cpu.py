@@ -50,8 +50,13 @@ def _bag_sum(rows: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None) -
 
 
 def _rows(
-    table: Tensor, col: Tensor, dtype: torch.dtype, compact: list[Tensor], dropout: float = 0.0, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    table: Tensor,
+    col: Tensor,
+    dtype: torch.dtype,
+    compact: list[Tensor],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(rows in the accumulator's dtype, columns into them); copies distinct rows only where they must change."""
     if table.dtype == dtype and dropout == 0.0 and table.stride(-1) == 1:
         return table, col
@@ -98,5 +103,3 @@ def winners_cpu(
     value = grad[col] if weight is None else grad[col] * weight.to(grad.dtype)[:, None]
     value = value.masked_fill_(winner[col] != edge_id[:, None], 0.0)
     return out.index_add_(0, row_of_edge(rowptr, col), value)
-
-

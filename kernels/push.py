@@ -8,7 +8,6 @@ which is several times faster than a scatter of rows.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gas_triton.kernels._library import define

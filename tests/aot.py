@@ -31,7 +31,9 @@ def compile_kernel(kernel, signature, constants, arch, num_warps=1):
     """The compiled kernel; every pointer is promised to be divisible by 16, as torch allocations are."""
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     attributes = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if types[name].startswith("*")
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*")
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
@@ -44,7 +46,9 @@ def resources(compiled):
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
     numbers = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    ops = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
+    ops = collections.Counter(
+        re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    )
     spills = sum(count for op, count in ops.items() if re.match(r"(LDL|STL)\b", op))
     wide = sum(count for op, count in ops.items() if re.match(r"LDG\S*\.128", op))
     return {
@@ -113,8 +117,8 @@ def cases():
         yield f"combine {reduce}", 64, aggregate._combine_kernel, signature, constants, 1
     for winner in (False, True):
         signature = {
-            "p_grad": "*fp32", "p_table": "*bf16", "p_row": "*i64", "p_col": "*i32", "p_winner": "*i32", "p_seed": "*i64",
-            "p_out": "*fp32", "num_edges": "i32", "first_edge": "i32", "drop_below": "i32", "drop_scale": "fp32",
+            "p_grad": "*fp32", "p_table": "*bf16", "p_row": "*i64", "p_col": "*i32", "p_winner": "*i32",
+            "p_seed": "*i64", "p_out": "*fp32", "num_edges": "i32", "first_edge": "i32", "drop_below": "i32", "drop_scale": "fp32",
         }  # fmt: skip
         constants = {
             "F": 128, "STRIDE_GRAD": 128, "STRIDE_TABLE": 128, "BLOCK_F": 128, "EDGES": 8,
@@ -150,7 +154,10 @@ def main(chosen, architectures):
                 wrong.append(f"{found['wide_loads']} row loads of 16 bytes, expected {wide_loads}")
             if found["registers"] > cap:
                 wrong.append(f"{found['registers']} registers, cap {cap}")
-            print(json.dumps({"kernel": name, "function": kernel.__name__, "arch": arch, **found, "wrong": wrong}), flush=True)
+            print(
+                json.dumps({"kernel": name, "function": kernel.__name__, "arch": arch, **found, "wrong": wrong}),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests import blocks as cases
-from tests.blocks import KINDS, make_blocks
 
 from gas_triton.csr import find_hubs
 from gas_triton.kernels.aggregate import aggregate_ref, aggregate_triton, tile, winners_triton
@@ -11,6 +9,8 @@ from gas_triton.kernels.aggregate_cpu import aggregate_cpu, winners_cpu
 from gas_triton.kernels.dropout import dropout_cpu, dropout_triton, keep_mask
 from gas_triton.kernels.edge_dot import edge_dot_cpu, edge_dot_triton
 from gas_triton.kernels.transpose import transpose_torch
+from tests import blocks as cases
+from tests.blocks import KINDS, make_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED = torch.tensor([123_456_789_012_345], device=DEVICE)

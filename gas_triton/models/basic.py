@@ -29,5 +29,7 @@ class GIN(Stack):
     """A stack of `GINConv` with two-layer perceptrons (Xu et al., ICLR 2019); see `Stack` for the arguments."""
 
     def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
-        perceptron = nn.Sequential(nn.Linear(in_channels, self.hidden_channels), nn.ReLU(), nn.Linear(self.hidden_channels, out_channels))
+        perceptron = nn.Sequential(
+            nn.Linear(in_channels, self.hidden_channels), nn.ReLU(), nn.Linear(self.hidden_channels, out_channels)
+        )
         return GINConv(perceptron, train_eps=options.pop("train_eps", True), **options)

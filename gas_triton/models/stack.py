@@ -90,16 +90,17 @@ class Stack(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew."""
-        for module in chain(self.lins, self.convs, self.norms):
+        modules: list[Any] = [*self.lins, *self.convs, *self.norms]
+        for module in modules:
             module.reset_parameters()
 
     def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
         """[B, F_out] of `x`: `batch.x` or `batch.features`."""
         if len(self.lins):
-            x = x.rows() if isinstance(x, Features) else x
+            rows = x.rows() if isinstance(x, Features) else x
             if self.drop_input:
-                x = F.dropout(x, self.dropout, self.training)
-            x = self.lins[0](x).relu()
+                rows = F.dropout(rows, self.dropout, self.training)
+            x = self.lins[0](rows).relu()
         depth = len(self.convs)
         for place, conv in enumerate(self.convs):
             h = conv(x, batch)

@@ -15,8 +15,8 @@ class GCNConv(HistoryLayer):
 
     `out_i = sum_{j in N(i)} w_ij W h_j + b`, with w the weights of the batch's graph.
 
-    The normalisation is the graph's, made once: `graph.add_self_loops().gcn_norm()`. Parameters have the names and shapes
-    of `torch_geometric.nn.GCNConv`, so a `state_dict` fits both ways.
+    The normalisation is the graph's, made once: `graph.add_self_loops().gcn_norm()`. Parameters have the names and
+    shapes of `torch_geometric.nn.GCNConv`, so a `state_dict` fits both ways.
 
     Args:
         in_channels: F_in.
@@ -83,8 +83,8 @@ class GCNConv(HistoryLayer):
             return
         loops = {None: "", 1.0: ".add_self_loops()", 2.0: ".add_self_loops(2.0)"}[fill_value]
         raise ValueError(
-            f"GCNConv(normalize=True, add_self_loops={self.add_self_loops}, improved={self.improved}) needs a graph made "
-            f"by graph{loops}.gcn_norm(), got normalization={batch.normalization}, self loops of weight "
+            f"GCNConv(normalize=True, add_self_loops={self.add_self_loops}, improved={self.improved}) needs a graph "
+            f"made by graph{loops}.gcn_norm(), got normalization={batch.normalization}, self loops of weight "
             f"{batch.self_loop_weight}; GCNConv(normalize=False) uses the graph's weights as they are"
         )
 

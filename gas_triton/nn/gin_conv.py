@@ -13,8 +13,8 @@ from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 class GINConv(HistoryLayer):
     r"""Graph isomorphism layer (Xu et al., ICLR 2019), reading halo neighbours from a history.
 
-    `out_i = nn((1 + eps) h_i + sum_{j in N(i)} h_j)`; edge weights are not used. Parameters have the names and shapes of
-    `torch_geometric.nn.GINConv`, so a `state_dict` fits both ways.
+    `out_i = nn((1 + eps) h_i + sum_{j in N(i)} h_j)`; edge weights are not used. Parameters have the names and shapes
+    of `torch_geometric.nn.GINConv`, so a `state_dict` fits both ways.
 
     Args:
         nn: module from [B, F_in] to [B, F_out].
@@ -58,10 +58,9 @@ class GINConv(HistoryLayer):
     def reset_parameters(self) -> None:
         """New parameters for `nn`, and eps back to its first value."""
         for module in self.nn.modules():
-            if module is not self.nn and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        if hasattr(self.nn, "reset_parameters"):
-            self.nn.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         self.eps.data.fill_(self.initial_eps)
 
     def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:

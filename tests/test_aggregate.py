@@ -1,0 +1,267 @@
+"""`functional.aggregate` and its op: values, gradients, registration, tracing, determinism."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gas_triton as gas
+from gas_triton import functional
+from gas_triton.csr import find_hubs
+from gas_triton.kernels.aggregate import aggregate as aggregate_op
+from gas_triton.kernels.aggregate import aggregate_ref
+from gas_triton.kernels.transpose import transpose_torch
+from gas_triton.models import GCN
+from tests.blocks import KINDS, assert_as_exact, make_blocks
+
+REDUCTIONS = ["sum", "mean", "max", "min"]
+SEED = torch.tensor([3])
+
+
+def make_batch(num_nodes=40, num_edges=150, symmetric=False, weighted=True, clusters=(0, 2), num_features=5):
+    edge_index = torch.randint(num_nodes, (2, num_edges))
+    if symmetric:
+        edge_index = torch.cat([edge_index, edge_index.flip(0)], dim=1)
+    scale = torch.rand(num_nodes) + 0.1
+    weight = scale[edge_index].prod(0) if weighted else None
+    graph = gas.Graph.from_edge_index(edge_index, weight, num_nodes)
+    parts = gas.random_partition(graph, 4)
+    graph = parts.permute(graph)
+    loader = gas.ClusterLoader(graph, parts, batch_size=2, x=torch.randn(num_nodes, num_features))
+    return loader.batch(list(clusters))
+
+
+def as_lists(batch):
+    return list(batch.inner), list(batch.outer)
+
+
+def relative_error(out, expected):
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_op_equals_float64(kind, reduce):
+    blocks = make_blocks(kind)
+    for weight in (None, torch.randn(blocks.num_edges)):
+        x, table = torch.randn(blocks.num_rows, 6), torch.randn(blocks.num_table, 6)
+        out, _ = aggregate_op(
+            x, table, weight, blocks.inner, blocks.outer, [], None, [], [], reduce, 0.0, None, 512
+        )  # fmt: skip
+        assert_as_exact(out, x, table, weight, blocks, reduce)
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_cpu_op_takes_every_mix_of_dtypes(dtype, table_dtype):
+    blocks = make_blocks("mixed", num_rows=20, num_table=400)
+    x, table = torch.randn(20, 8).to(dtype), torch.randn(400, 8).to(table_dtype)
+    weight = torch.rand(blocks.num_edges)
+    out, _ = aggregate_op(x, table, weight, blocks.inner, blocks.outer, [], None, [], [], "sum", 0.0, None, 512)
+    assert_as_exact(out, x, table, weight, blocks)
+
+
+@pytest.mark.parametrize("with_halo", [True, False])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_of_rows_and_weights(symmetric, reduce, with_halo):
+    batch = make_batch(symmetric=symmetric)
+    inner, outer = as_lists(batch)
+    rows = batch.num_nodes + (batch.num_halo if with_halo else 0)
+    x = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(batch.num_edges, dtype=torch.float64, requires_grad=True)
+    history = None if with_halo else torch.randn(40, 3, dtype=torch.float64)
+    if with_halo:
+        outer[1] = batch.outer_joint_col
+
+    def ours(x, weight):
+        return functional.aggregate(x, batch, history, reduce, edge_weight=weight)
+
+    assert torch.autograd.gradcheck(ours, (x, weight))
+    out, expected = ours(x, weight), aggregate_ref(x, history, weight, inner, outer, reduce)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for got, wanted in zip(
+        torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradient_with_the_graphs_own_weights(symmetric, weighted):
+    batch = make_batch(symmetric=symmetric, weighted=weighted)
+    assert batch.symmetric is symmetric
+    x = torch.randn(batch.num_nodes, 3, dtype=torch.float64, requires_grad=True)
+    history = torch.randn(40, 3, dtype=torch.float64)
+    out = functional.aggregate(x, batch, history, edge_weight=batch.edge_weight)
+    expected = aggregate_ref(x, history, batch.edge_weight, *as_lists(batch))
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_three_ways_to_give_the_halo_agree(reduce):
+    batch = make_batch()
+    table = batch.features.table
+    exact = functional.aggregate(batch.x, batch, reduce=reduce, edge_weight=batch.edge_weight)
+    in_place = functional.aggregate(batch.features, batch, reduce=reduce, edge_weight=batch.edge_weight)
+    history = functional.aggregate(
+        batch.x[: batch.num_nodes], batch, table, reduce=reduce, edge_weight=batch.edge_weight
+    )
+    torch.testing.assert_close(in_place, exact)
+    torch.testing.assert_close(history, exact)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_dropped_halo_leaves_the_induced_subgraph(reduce):
+    batch = make_batch()
+    x = batch.x[: batch.num_nodes]
+    out = functional.aggregate(x, batch, reduce=reduce, edge_weight=batch.edge_weight, halo="drop")
+    own = batch.edge_weight[: batch.inner.num_edges]
+    torch.testing.assert_close(out, aggregate_ref(x, None, own, list(batch.inner), [], reduce))
+    torch.testing.assert_close(
+        functional.aggregate(batch.x, batch, reduce=reduce, edge_weight=batch.edge_weight, halo="drop"), out
+    )
+
+
+def test_one_dropout_mask_however_the_halo_is_read():
+    batch = make_batch(num_features=16)
+    dropped = functional.dropout(batch.x, batch, 0.4, SEED)
+    assert 0.3 < float((dropped == 0).double().mean()) < 0.5
+    exact = functional.aggregate(dropped, batch)
+    for table in (batch.features.table, batch.features.table.bfloat16()):
+        x = functional.dropout(batch.x[: batch.num_nodes], batch, 0.4, SEED)
+        out = functional.aggregate(x, batch, table, history_dropout=0.4, seed=SEED)
+        tolerance = {} if table.dtype == torch.float32 else {"rtol": 2.0**-7, "atol": 2.0**-5}
+        torch.testing.assert_close(out, exact, **tolerance)
+
+
+def test_weight_gradient_sees_the_dropped_halo():
+    batch = make_batch(num_features=16)
+    weight = torch.rand(batch.num_edges, dtype=torch.float64, requires_grad=True)
+    x, table = torch.randn(batch.num_nodes, 16, dtype=torch.float64), torch.randn(40, 16, dtype=torch.float64)
+    out = functional.aggregate(x, batch, table, edge_weight=weight, history_dropout=0.4, seed=SEED)
+    expected = aggregate_ref(x, table, weight, *as_lists(batch), "sum", 0.4, SEED)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, weight, grad), torch.autograd.grad(expected, weight, grad))
+
+
+def test_dropout_gradient_is_the_same_mask():
+    batch = make_batch(num_features=16)
+    x = torch.randn(batch.num_nodes, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: functional.dropout(x, batch, 0.4, SEED), x)
+
+
+def test_same_input_same_bits():
+    batch = make_batch(num_nodes=400, num_edges=8000)
+    x, history = torch.randn(batch.num_nodes, 24, requires_grad=True), torch.randn(400, 24)
+    results = []
+    for _ in range(3):
+        out = functional.aggregate(x, batch, history, edge_weight=batch.edge_weight)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            assert torch.equal(a, b)
+
+
+def opcheck_inputs():
+    for reduce in ("sum", "mean", "max"):
+        for with_table in (True, False):
+            blocks = make_blocks("one_hub", num_table=7)
+            x = torch.randn(7, 4, requires_grad=True)
+            table = torch.randn(7, 4) if with_table else None
+            weight = torch.rand(blocks.num_edges, requires_grad=True)
+            inner, outer = blocks.inner, blocks.outer if with_table else []
+            weight = weight if with_table else weight[: inner[1].numel()].detach().requires_grad_()
+            row = torch.repeat_interleave(torch.arange(7), inner[0].diff().long())
+            rowptr, col, edge_id = transpose_torch(row, inner[1], 7)
+            hubs, hubs_transposed = find_hubs(inner[0], inner[1].numel(), 8), find_hubs(rowptr, col.numel(), 8)
+            yield (
+                x, table, weight, inner, outer, [rowptr, col], edge_id, hubs, hubs_transposed, reduce,
+                0.3 if with_table else 0.0, SEED, 8,
+            )  # fmt: skip
+
+
+def test_aggregate_is_registered_as_torch_library_wants():
+    for inputs in opcheck_inputs():
+        torch.library.opcheck(torch.ops.gas_triton.aggregate.default, inputs)
+
+
+def test_other_ops_are_registered_as_torch_library_wants():
+    blocks = make_blocks("mixed")
+    row = torch.repeat_interleave(torch.arange(7), blocks.inner[0].diff().long())
+    rowptr, col, edge_id = transpose_torch(row, blocks.inner[1], 7)
+    x, ids = torch.randn(7, 4), torch.arange(7)
+    winner = torch.zeros(7, 4, dtype=torch.int32)
+    spans = torch.tensor([[2, 5], [7, 11]])
+    node_ids = torch.tensor([2, 3, 4, 7, 8, 9, 10])
+    clock, last_push = torch.tensor(1), torch.zeros(11, dtype=torch.int32)
+    ops = torch.ops.gas_triton
+    for op, inputs in (
+        (ops.transpose, (row, blocks.inner[1], 7)),
+        (ops.dropout, (x.clone().requires_grad_(), ids, 0.4, SEED)),
+        (ops.edge_dot, (x, x, *blocks.inner, None, 0, 0.3, SEED)),
+        (ops.aggregate_winners, (x, winner, None, [rowptr, col], edge_id, [], 8)),
+        (ops.push, (torch.zeros(11, 4), last_push, x, node_ids, spans, clock)),
+    ):
+        torch.library.opcheck(op.default, inputs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_model_compiles_into_one_graph(symmetric):
+    torch._dynamo.reset()
+    edge_index = torch.randint(60, (2, 200))
+    edge_index = torch.cat([edge_index, edge_index.flip(0)], dim=1) if symmetric else edge_index
+    graph = gas.Graph.from_edge_index(edge_index, num_nodes=60).add_self_loops().gcn_norm()
+    parts = gas.random_partition(graph, 6)
+    graph = parts.permute(graph)
+    loader = gas.ClusterLoader(graph, parts, 2, x=torch.randn(60, 4), y=torch.randint(3, (60,)))
+    # 4 -> 8 -> 3: one layer gathers first, one transforms first
+    eager = GCN(4, 8, 3, 3, batch_norm=True)
+    traced = GCN(4, 8, 3, 3, batch_norm=True)
+    traced.load_state_dict(eager.state_dict())
+    histories = [gas.attach_histories(model, 60) for model in (eager, traced)]
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for batch in loader:
+        losses = [F.cross_entropy(model(batch.x, batch), batch.y) for model in (eager, compiled)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+    for a, b in zip(eager.parameters(), traced.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for name in histories[0]:
+        torch.testing.assert_close(histories[0][name].table, histories[1][name].table)
+        assert torch.equal(histories[0][name].age(), histories[1][name].age())
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.zeros(3, 5)), ValueError, r"x has 3 rows, expected \d+ \(in-batch rows\) or \d+"),
+        (
+            dict(x=torch.zeros(20, 5).long()),
+            TypeError,
+            "x must be a floating tensor or batch.features, got torch.int64",
+        ),
+        (dict(x=torch.zeros(20)), ValueError, r"x must have shape \[rows, features\], got \[20\]"),
+        (dict(x=torch.zeros(20, 5, device="meta")), ValueError, "x is on meta but the batch is on cpu"),
+        (dict(history=None), ValueError, "no history holds the .* halo rows"),
+        (dict(history=torch.zeros(39, 5)), ValueError, r"history must have 40 rows, one a node, got shape \[39, 5\]"),
+        (dict(history=torch.zeros(40, 6)), ValueError, "x has 5 features but the history has 6"),
+        (dict(history=torch.zeros(40, 5).int()), TypeError, "history must be a floating tensor"),
+        (dict(reduce="median"), ValueError, "reduce must be one of sum, mean, max, min, got 'median'"),
+        (dict(halo="mirror"), ValueError, "halo must be 'read' or 'drop', got 'mirror'"),
+        (dict(edge_weight=torch.zeros(3)), ValueError, r"edge_weight must have shape \[\d+\], got \[3\]"),
+        (dict(edge_weight=torch.zeros(3).long()), TypeError, "edge_weight must be a floating tensor, got torch.int64"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = dict(x=torch.zeros(20, 5), history=torch.zeros(40, 5)) | change
+    with pytest.raises(error, match=message):
+        functional.aggregate(arguments.pop("x"), make_batch(), **arguments)
+
+
+def test_dropout_probability_is_checked():
+    with pytest.raises(ValueError, match=r"p must be in \[0, 1\), got 1.0"):
+        functional.dropout(torch.zeros(20, 5), make_batch(), 1.0, SEED)
