@@ -147,7 +147,7 @@ class Batch:
         return self._once("outer_joint_col", lambda: self.outer_slot + self.num_nodes)
 
     def transposed_inner(self, shared: bool) -> tuple[Transposed, list[Tensor]]:
-        """The transpose of `inner` and its hubs; `shared` gives the arrays of `inner` itself, which must be symmetric."""
+        """The transpose of `inner` and its hubs; `shared` gives the arrays of a symmetric `inner` themselves."""
         if shared:
             return self._once("inner shared", lambda: self._with_hubs(Transposed(*self.inner, None)))
         return self._once("inner transposed", lambda: self._with_hubs(transpose_csr(self.inner, self.num_nodes)))

@@ -22,8 +22,8 @@ def define(
     """Defines `gas_triton::<schema>` and returns what calls it.
 
     `Library.define` and `impl` cost about a quarter of `torch.library.custom_op` for each call, and a layer call
-    crosses this boundary once. In eager mode the gradient is an `autograd.Function` around the op, a third of the cost of the
-    one that `register_autograd` makes; a traced model gets the registered one, with the same two functions.
+    crosses this boundary once. In eager mode the gradient is an `autograd.Function` around the op, a third of the cost
+    of the one that `register_autograd` makes; a traced model gets the registered one, of the same two functions.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

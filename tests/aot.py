@@ -118,7 +118,8 @@ def cases():
     for winner in (False, True):
         signature = {
             "p_grad": "*fp32", "p_table": "*bf16", "p_row": "*i64", "p_col": "*i32", "p_winner": "*i32",
-            "p_seed": "*i64", "p_out": "*fp32", "num_edges": "i32", "first_edge": "i32", "drop_below": "i32", "drop_scale": "fp32",
+            "p_seed": "*i64", "p_out": "*fp32", "num_edges": "i32", "first_edge": "i32", "drop_below": "i32",
+            "drop_scale": "fp32",
         }  # fmt: skip
         constants = {
             "F": 128, "STRIDE_GRAD": 128, "STRIDE_TABLE": 128, "BLOCK_F": 128, "EDGES": 8,

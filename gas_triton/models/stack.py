@@ -110,5 +110,5 @@ class Stack(nn.Module):
                 h = self.norms[place](h)
             if self.residual and h.size(1) == (x.num_features if isinstance(x, Features) else x.size(1)):
                 h = h + (x.in_batch() if isinstance(x, Features) else x[: batch.num_nodes])
-            x = h.relu()
-        return self.lins[1](F.dropout(x, self.dropout, self.training))
+            x = h = h.relu()
+        return self.lins[1](F.dropout(h, self.dropout, self.training))
