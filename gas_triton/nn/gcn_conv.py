@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
-from gas_triton.nn.base import Halo, HistoryLayer, check_channels, transforms_first
+from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 
 
 class GCNConv(HistoryLayer):
@@ -69,7 +69,7 @@ class GCNConv(HistoryLayer):
         """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`."""
         self._check_normalization(batch)
         source = self.read(x, batch)
-        if transforms_first(batch, self.in_channels, self.out_channels):
+        if source.is_cheaper_transformed(self.in_channels, self.out_channels):
             out = source.transform_then_aggregate(self.lin, "sum", batch.edge_weight)
         else:
             out = self.lin(source.aggregate("sum", batch.edge_weight))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, Reduce
 from gas_triton.kernels.aggregate import REDUCTIONS
-from gas_triton.nn.base import Halo, HistoryLayer, check_channels, transforms_first
+from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 
 
 class SAGEConv(HistoryLayer):
@@ -72,7 +72,7 @@ class SAGEConv(HistoryLayer):
         """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`."""
         source = self.read(x, batch)
         is_linear = self.aggr in ("sum", "mean") and not self.project
-        if is_linear and transforms_first(batch, self.in_channels, self.out_channels):
+        if is_linear and source.is_cheaper_transformed(self.in_channels, self.out_channels):
             out = source.transform_then_aggregate(lambda rows: F.linear(rows, self.lin_l.weight), self.aggr)
             out = out if self.lin_l.bias is None else out + self.lin_l.bias
         elif self.project:
