@@ -91,7 +91,7 @@ class Graph:
             weight: floating [E] or None.
         """
         for name, value in (("rowptr", rowptr), ("col", col)):
-            if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
+            if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be a 1-D int32 or int64 tensor, got {_describe(value)}")
         _check_nodes(rowptr.numel() - 1)
         num_nodes, num_edges = rowptr.numel() - 1, col.numel()
@@ -113,12 +113,17 @@ class Graph:
 
     @classmethod
     def from_torch_csr(cls, adj_t: Tensor) -> Graph:
-        """Builds a graph from a square `torch.sparse_csr` tensor whose rows are targets; its values become weights."""
+        """Builds a graph from a square `torch.sparse_csr` tensor whose rows are targets.
+
+        Its values become weights; integers (of an adjacency of ones, say) in torch's default floating dtype.
+        """
         if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
             raise TypeError(f"adj_t must be a torch.sparse_csr tensor, got {_describe(adj_t)}")
         _check_square("adj_t", tuple(adj_t.shape))
         weight = adj_t.values()
-        return cls.from_csr(adj_t.crow_indices(), adj_t.col_indices(), weight if weight.is_floating_point() else None)
+        if not weight.is_floating_point() and not weight.is_complex():
+            weight = weight.to(torch.get_default_dtype())
+        return cls.from_csr(adj_t.crow_indices(), adj_t.col_indices(), weight)
 
     @classmethod
     def from_torch_sparse(cls, adj_t: SparseTensor) -> Graph:
@@ -177,7 +182,7 @@ class Graph:
     @property
     def nbytes(self) -> int:
         tensors = [self.rowptr, self.col, self.weight]
-        if self._transposed is not None and not self.is_symmetric:
+        if self._transposed is not None:
             tensors += list(self._transposed)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -185,21 +190,20 @@ class Graph:
     def is_symmetric(self) -> bool:
         """Whether every edge has its reverse, with the same weight; found on first use, then remembered."""
         if self._symmetric is None:
-            reverse = self._sorted_transpose()
+            reverse = transpose_csr(self.csr, self.num_nodes)
             same = torch.equal(reverse.rowptr, self.rowptr) and torch.equal(reverse.col, self.col)
             if same and self.weight is not None and reverse.edge_id is not None:
                 same = torch.equal(self.weight.index_select(0, reverse.edge_id), self.weight)
             self._symmetric = same
+            self._transposed = None if same else reverse
         return self._symmetric
 
     def transpose(self) -> Transposed:
         """The edges by source row, cached; shares this graph's arrays when it is symmetric."""
+        if self.is_symmetric:
+            return Transposed(*self.csr, None)
         if self._transposed is None:
-            self._transposed = Transposed(*self.csr, None) if self.is_symmetric else self._sorted_transpose()
-        return self._transposed
-
-    def _sorted_transpose(self) -> Transposed:
-        self._transposed = transpose_csr(self.csr, self.num_nodes)
+            self._transposed = transpose_csr(self.csr, self.num_nodes)
         return self._transposed
 
     def __repr__(self) -> str:
@@ -238,7 +242,8 @@ class Graph:
     def add_self_loops(self, fill_value: float = 1.0) -> Graph:
         """One loop at every node: existing ones keep their weight, new ones get `fill_value`.
 
-        Equal to `torch_geometric.utils.add_remaining_self_loops`.
+        Equal to `torch_geometric.utils.add_remaining_self_loops`, which forgets `fill_value` where there are no weights:
+        here they are 1 then.
         """
         source, target = self.edge_index()
         is_loop = source == target
@@ -284,7 +289,11 @@ class Graph:
 
         Args:
             perm: int64 [N], a permutation of the nodes.
+
+        Raises:
+            ValueError: `perm` does not name every node once.
         """
+        _check_perm(perm, self.num_nodes)
         rank = torch.empty_like(perm)
         rank[perm] = torch.arange(self.num_nodes, device=perm.device)
         rank = rank.to(self.device)
@@ -321,11 +330,15 @@ def _index_dtype(num_nodes: int, num_edges: int) -> torch.dtype:
 def _check_edge_index(edge_index: Any) -> None:
     if not isinstance(edge_index, Tensor) or edge_index.dtype.is_floating_point or edge_index.dtype == torch.bool:
         raise TypeError(f"edge_index must be an integer tensor [2, E], got {_describe(edge_index)}")
+    if edge_index.layout != torch.strided:
+        raise TypeError(f"edge_index must be a dense tensor, got {edge_index.layout}; see Graph.from_torch_csr")
     if edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
 
 
-def _check_nodes(num_nodes: int) -> None:
+def _check_nodes(num_nodes: Any) -> None:
+    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool):
+        raise TypeError(f"num_nodes must be an int, got {type(num_nodes).__name__}")
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1, got {num_nodes}: a graph without nodes cannot be trained on")
 
@@ -336,6 +349,17 @@ def _check_range(name: str, ids: Tensor, num_nodes: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= num_nodes:
         raise ValueError(f"{name} must hold ids in [0, {num_nodes}), got {low if low < 0 else high}")
+
+
+def _check_perm(perm: Any, num_nodes: int) -> None:
+    if not isinstance(perm, Tensor) or perm.dtype != torch.int64:
+        raise TypeError(f"perm must be an int64 tensor [{num_nodes}], got {_describe(perm)}")
+    if perm.shape != (num_nodes,):
+        raise ValueError(f"perm must have shape [{num_nodes}], got {list(perm.shape)}")
+    _check_range("perm", perm, num_nodes)
+    count = torch.bincount(perm, minlength=num_nodes)
+    if bool((count != 1).any()):
+        raise ValueError(f"perm must name every node once, got node {int((count > 1).nonzero()[0])} more than once")
 
 
 def _check_weight(name: str, weight: Any, num_edges: int, device: torch.device) -> Tensor | None:

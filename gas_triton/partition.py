@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,13 @@ class Partition:
         if graph.num_nodes != num_nodes:
             raise ValueError(f"graph has {graph.num_nodes} nodes but the partition has {num_nodes}")
         for place, tensor in enumerate(tensors):
-            if tensor is not None and tensor.size(0) != num_nodes:
-                raise ValueError(f"tensor {place} has {tensor.size(0)} rows but the partition has {num_nodes} nodes")
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"tensor {place} must be a tensor or None, got {type(tensor).__name__}")
+            if tensor.dim() == 0 or tensor.size(0) != num_nodes:
+                shape = list(tensor.shape)
+                raise ValueError(f"tensor {place} has shape {shape} but the partition has {num_nodes} nodes")
         permuted = graph.permute(self.perm)
         if not tensors:
             return permuted
@@ -83,6 +89,8 @@ class Partition:
 
     def stats(self, batch_size: int = 1, seed: int = 0) -> PartitionStats:
         """What the partition costs in batches of `batch_size` clusters, grouped at random with `seed`."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         graph, num_nodes = self.graph.to("cpu"), self.perm.numel()
         cluster = torch.empty(num_nodes, dtype=torch.int64)
         sizes = self.ptr.diff()
@@ -217,7 +225,7 @@ def _read_cached(path: Path, num_nodes: int, num_parts: int) -> np.ndarray | Non
     """The cluster of every node, or None where there is no readable file of this graph."""
     try:
         cluster = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     if (
         cluster.shape != (num_nodes,)
