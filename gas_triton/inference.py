@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,24 +37,27 @@ def inference(model: nn.Module, loader: ClusterLoader, forward: Forward | None =
         [N, C] in the order of the loader's graph, on its device.
     """
     forward = forward or _call_with_x
-    batches = loader.sequential()
     sweep = _Sweep(loader.graph.num_nodes)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), _watched(model, sweep):
             logits: Tensor | None = None
-            while logits is None:
+            is_complete = False
+            while not is_complete:
                 sweep.begin()
-                for batch in batches:
-                    sweep.place = 0
+                is_complete = True
+                for batch in loader.in_order():
+                    sweep.begin_batch()
                     try:
                         out = forward(model, batch)
                     except _NotYetKnown:
+                        is_complete = False
                         continue
                     if logits is None:
                         logits = out.new_zeros(loader.graph.num_nodes, *out.shape[1:])
                     logits[batch.node_ids] = out
+            assert logits is not None
             return logits
     finally:
         for module, mode in modes.items():
@@ -73,27 +77,36 @@ class _Sweep:
 
     def __init__(self, num_nodes: int) -> None:
         self.num_nodes = num_nodes
-        self.place = 0
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
-        self.known: set[int] = set()
-        self.computed: set[int] = set()
+        self._rows_kept: Counter[int] = Counter()
+        self._known: set[int] = set()
+        self._computed: set[tuple[int, int]] = set()
+        self._batch = self._place = 0
 
     def begin(self) -> None:
-        self.known, self.computed = set(self.inputs), set(self.outputs)
+        self._batch = -1
+        self._known = {place for place, rows in self._rows_kept.items() if rows == self.num_nodes}
+
+    def begin_batch(self) -> None:
+        self._batch, self._place = self._batch + 1, 0
 
     def call(self, compute: Callable[..., Tensor], x: Tensor | Features, batch: Batch) -> Tensor:
-        place, self.place = self.place, self.place + 1
-        if place in self.computed:
-            self.inputs.pop(place, None)
+        place, self._place = self._place, self._place + 1
+        if (self._batch, place) in self._computed:
             return self.outputs[place].index_select(0, batch.node_ids.cpu()).to(batch.device)
-        if place in self.known:
-            x = self.inputs[place].index_select(0, batch.all_ids.cpu()).to(batch.device)
-        elif not isinstance(x, Features) and batch.num_halo > 0 and x.size(0) == batch.num_nodes:
-            self._keep(self.inputs, place, x, batch)
-            raise _NotYetKnown
+        if not isinstance(x, Features) and x.size(0) == batch.num_nodes:
+            if place in self._known:
+                x = self.inputs[place].index_select(0, batch.all_ids.cpu()).to(batch.device)
+            else:
+                # kept by a batch without halo too: its rows are halo rows of others
+                self._keep(self.inputs, place, x, batch)
+                self._rows_kept[place] += batch.num_nodes
+                if batch.num_halo > 0:
+                    raise _NotYetKnown
         out = compute(x, batch)
         self._keep(self.outputs, place, out, batch)
+        self._computed.add((self._batch, place))
         return out
 
     def _keep(self, tables: dict[int, Tensor], place: int, rows: Tensor, batch: Batch) -> None:

@@ -93,11 +93,10 @@ class ClusterLoader:
             self._planned[(-1,)] = self._planner.full()
         return self._with_tensors(self._planned[(-1,)])
 
-    def sequential(self) -> ClusterLoader:
-        """The same clusters in fixed groups and in order, sharing this loader's graph and tensors."""
-        return ClusterLoader(
-            self.graph, self.parts, self.batch_size, shuffle=False, seed=self.seed, x=self.x, **self.node_tensors
-        )
+    def in_order(self) -> Iterator[Batch]:
+        """Batches of consecutive clusters, whatever `shuffle` says; does not count as an epoch."""
+        for start in range(0, self.parts.num_parts, self.batch_size):
+            yield self.batch(list(range(start, min(start + self.batch_size, self.parts.num_parts))))
 
     def _with_tensors(self, planned: Batch) -> Batch:
         return planned.with_tensors(self.x, self.node_tensors)
