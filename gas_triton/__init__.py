@@ -1,6 +1,6 @@
 """Training graph neural networks on graphs that do not fit on the GPU, with historical embeddings."""
 
-from gas_triton import functional, models, nn
+from gas_triton import datasets, functional, models, nn
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
 from gas_triton.graph import Graph
@@ -21,6 +21,7 @@ __all__ = [
     "Partition",
     "attach_histories",
     "contiguous_partition",
+    "datasets",
     "functional",
     "inference",
     "metis",

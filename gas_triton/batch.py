@@ -66,7 +66,10 @@ class Batch:
         self.inner, self.outer, self.outer_slot = inner, outer, outer_slot
         self.edge_weight = edge_weight
         self.hub_edges = hub_edges
-        self.hubs = find_hubs(inner.rowptr + outer.rowptr, self.num_edges, hub_edges)
+        rowptr = inner.rowptr + outer.rowptr
+        # worth a look while planning, where the host waits anyway: without hubs a layer is one launch instead of three
+        has_hubs = self.num_edges > hub_edges and int(rowptr.diff().max()) > hub_edges
+        self.hubs = find_hubs(rowptr, self.num_edges, hub_edges) if has_hubs else []
         self._edge_ids = edge_ids
         self._node_tensors: dict[str, Tensor] = {}
         self._x_table: Tensor | None = None
@@ -149,7 +152,8 @@ class Batch:
     def transposed_inner(self, shared: bool) -> tuple[Transposed, list[Tensor]]:
         """The transpose of `inner` and its hubs; `shared` gives the arrays of a symmetric `inner` themselves."""
         if shared:
-            return self._once("inner shared", lambda: self._with_hubs(Transposed(*self.inner, None)))
+            transposed = Transposed(*self.inner, None)
+            return self._once("inner shared", lambda: self._with_hubs(transposed) if self.hubs else (transposed, []))
         return self._once("inner transposed", lambda: self._with_hubs(transpose_csr(self.inner, self.num_nodes)))
 
     def transposed_joint(self) -> tuple[Transposed, list[Tensor]]:
