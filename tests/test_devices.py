@@ -1,0 +1,149 @@
+"""A training step through the Triton kernels equals the CPU path: on a GPU where there is one, else interpreted."""
+
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gas_triton as gas
+from gas_triton.batch import Planner
+from gas_triton.kernels import aggregate, dropout
+from gas_triton.models import GCN, GIN, SAGE
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def cpu_ops_are(**implementations):
+    """Gives the CPU ops other implementations; yields how often each was called."""
+    library = torch.library.Library("gas_triton", "IMPL")
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name, function in implementations.items():
+            library.impl(name, counted(name, function), "CPU", allow_override=True)
+    try:
+        yield calls
+    finally:
+        library._destroy()
+
+
+TRITON = dict(
+    aggregate=aggregate.aggregate_triton,
+    aggregate_winners=aggregate.winners_triton,
+    dropout=dropout.dropout_triton,
+)
+
+
+def tiny_graph(directed):
+    edge_index = torch.randint(24, (2, 60))
+    # a hub: node 3 hears from everyone
+    edge_index = torch.cat([edge_index, torch.stack([torch.arange(24), torch.full((24,), 3)])], dim=1)
+    edge_index = edge_index if directed else torch.cat([edge_index, edge_index.flip(0)], dim=1)
+    return gas.Graph.from_edge_index(edge_index, num_nodes=24)
+
+
+def two_epochs(model_class, options, graph, device, edge_weight=None):
+    """Losses, parameters and histories after two epochs, the same on every device but for rounding."""
+    torch.manual_seed(1)
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+    model = model_class(5, 6, 3, 2, dropout=0.5, **options)
+    graph = graph.add_self_loops().gcn_norm().to(device)
+    parts = gas.random_partition(graph, 4)
+    graph = parts.permute(graph)
+    loader = gas.ClusterLoader(graph, parts, batch_size=2, x=x.to(device), y=y.to(device))
+    loader._planner = Planner(graph, hub_edges=8)
+    model.to(device)
+    histories = gas.attach_histories(model, 24)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(2):
+        for batch in histories.prefetch(loader):
+            assert (len(batch.hubs) > 0) == (int((batch.inner.rowptr + batch.outer.rowptr).diff().max()) > 8)
+            loss = F.cross_entropy(model(batch.features, batch), batch.y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach().cpu())
+    tables = [store.table.cpu() for store in histories.values()]
+    return losses, [p.detach().cpu() for p in model.parameters()], tables
+
+
+class Fixed:
+    """Dropout seeds by number, so that two devices draw the same masks."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, device):
+        self.count += 1
+        return torch.tensor([1000 + self.count], device=device)
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize(
+    "model_class, options",
+    [(GCN, {}), (SAGE, {}), (SAGE, {"aggr": "max"}), (GIN, {})],
+    ids=["gcn", "sage", "sage-max", "gin"],
+)
+def test_training_equals_the_cpu_path(model_class, options, directed, monkeypatch):
+    graph = tiny_graph(directed)
+    monkeypatch.setattr("gas_triton.functional.draw_seed", Fixed())
+    expected = two_epochs(model_class, options, graph, torch.device("cpu"))
+    monkeypatch.setattr("gas_triton.functional.draw_seed", Fixed())
+    with cpu_ops_are(**TRITON if DEVICE.type == "cpu" else {}) as calls:
+        found = two_epochs(model_class, options, graph, DEVICE)
+    if DEVICE.type == "cpu":
+        assert calls["aggregate"] >= 8
+        assert calls["dropout"] >= 8
+        assert (calls["aggregate_winners"] > 0) == ("aggr" in options)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_features_may_stay_on_the_host():
+    graph = tiny_graph(directed=False).to("cuda")
+    parts = gas.random_partition(graph, 4)
+    graph = parts.permute(graph)
+    x = torch.randn(24, 5)
+    loader = gas.ClusterLoader(graph, parts, batch_size=2, x=x)
+    batch = next(iter(loader))
+    assert torch.equal(batch.x.cpu(), x[batch.all_ids.cpu()])
+    with pytest.raises(ValueError, match=r"batch\.features reads x in place, but x is on cpu"):
+        _ = batch.features
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device():
+    graph = tiny_graph(directed=False).add_self_loops().gcn_norm().to("cuda")
+    parts = gas.random_partition(graph, 4)
+    graph = parts.permute(graph)
+    loader = gas.ClusterLoader(graph, parts, 2, x=torch.randn(24, 5, device="cuda"), y=torch.zeros(24).long().cuda())
+    model = GCN(5, 6, 3, 3, dropout=0.5).cuda()
+    gas.attach_histories(model, 24)
+    batches = list(loader)
+
+    def step(batch):
+        F.cross_entropy(model(batch.features, batch), batch.y).backward()
+
+    step(batches[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
