@@ -17,6 +17,7 @@ from torch import Tensor
 from gas_triton.kernels._library import define
 
 THRESHOLD_BITS = 24
+CPU_BLOCK = 1 << 17
 
 
 def keep_mask(ids: Tensor, num_features: int, p: float, seed: Tensor) -> Tensor:
@@ -28,11 +29,16 @@ def keep_mask(ids: Tensor, num_features: int, p: float, seed: Tensor) -> Tensor:
         p: probability of dropping a feature, in [0, 1).
         seed: int64 [1].
     """
-    seed_low, seed_high = _as_int32(seed & 0xFFFFFFFF), _as_int32(seed >> 32)
-    row = _mix(_mix(_as_int32(ids.long()) + seed_low) + seed_high)
+    key = _mix(_mix(_as_int32(ids.long()) + _as_int32(seed)) + _as_int32(seed >> 32))[:, None]
     feature = torch.arange(num_features, dtype=torch.int32, device=ids.device) * -1640531527  # 0x9E3779B9
-    bits = _shift_right(_mix(row[:, None] + feature[None, :]), 32 - THRESHOLD_BITS)
-    return bits >= threshold(p)
+    mask = torch.empty(ids.numel(), num_features, dtype=torch.bool, device=ids.device)
+    # block by block, because the hash passes over its words a dozen times and they should stay in the cache
+    rows = max(1, CPU_BLOCK // max(num_features, 1))
+    for start in range(0, ids.numel(), rows):
+        word = _mix(key[start : start + rows] + feature)
+        _shift_right(word, 32 - THRESHOLD_BITS, word)
+        torch.ge(word, threshold(p), out=mask[start : start + rows])
+    return mask
 
 
 def threshold(p: float) -> int:
@@ -45,17 +51,17 @@ def _as_int32(value: Tensor) -> Tensor:
     return torch.where(low > 0x7FFFFFFF, low - (1 << 32), low).to(torch.int32)
 
 
-def _shift_right(value: Tensor, bits: int) -> Tensor:
+def _shift_right(word: Tensor, bits: int, out: Tensor) -> Tensor:
     # torch shifts int32 arithmetically; the hash is defined on unsigned words
-    return (value >> bits) & ((1 << (32 - bits)) - 1)
+    return torch.bitwise_right_shift(word, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def _mix(value: Tensor) -> Tensor:
-    value = value ^ _shift_right(value, 16)
-    value = value * 0x7FEB352D
-    value = value ^ _shift_right(value, 15)
-    value = value * -2073254261  # 0x846CA68B
-    return value ^ _shift_right(value, 16)
+def _mix(word: Tensor) -> Tensor:
+    """The finaliser, in place."""
+    shifted = torch.empty_like(word)
+    word.bitwise_xor_(_shift_right(word, 16, shifted)).mul_(0x7FEB352D)
+    word.bitwise_xor_(_shift_right(word, 15, shifted)).mul_(-2073254261)  # 0x846CA68B
+    return word.bitwise_xor_(_shift_right(word, 16, shifted))
 
 
 @triton.jit
@@ -117,8 +123,7 @@ def dropout_triton(x: Tensor, ids: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def dropout_cpu(x: Tensor, ids: Tensor, p: float, seed: Tensor) -> Tensor:
-    mask = keep_mask(ids, x.size(1), p, seed)
-    return (x * mask).mul_(1.0 / (1.0 - p))
+    return torch.where(keep_mask(ids, x.size(1), p, seed), x, 0.0).mul_(1.0 / (1.0 - p))
 
 
 def _dropout_fake(x: Tensor, ids: Tensor, p: float, seed: Tensor) -> Tensor:
