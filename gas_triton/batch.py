@@ -91,8 +91,11 @@ class Batch:
 
     def __getattr__(self, name: str) -> Any:
         tensors = self.__dict__.get("_node_tensors", {})
+        if name in ("x", "features"):
+            # where one of these properties raises, Python asks here
+            raise AttributeError(f"batch has no {name}: give the loader x=features")
         if name not in tensors:
-            known = ", ".join(["x", *tensors]) if tensors else "x"
+            known = ", ".join([*(["x"] if self.__dict__.get("_x_table") is not None else []), *tensors]) or "none"
             raise AttributeError(f"batch has no '{name}'; node tensors given to the loader: {known}")
         return self._slice(name, tensors[name], self.node_ids)
 
@@ -106,7 +109,7 @@ class Batch:
     def x(self) -> Tensor:
         """Features of the in-batch rows, then of the halo rows, [B + H, F]."""
         if self._x_table is None:
-            raise AttributeError("batch has no x: give the loader x=features")
+            raise AttributeError("x")
         return self._slice("x", self._x_table, self.all_ids)
 
     @property
@@ -117,7 +120,7 @@ class Batch:
             ValueError: the table is on another device than the batch.
         """
         if self._x_table is None:
-            raise AttributeError("batch has no features: give the loader x=features")
+            raise AttributeError("features")
         if self._x_table.device != self.device:
             raise ValueError(
                 f"batch.features reads x in place, but x is on {self._x_table.device} and the batch on {self.device}: "
