@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
     from torch_sparse import SparseTensor
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Graph:
     """Adjacency of N nodes as CSR by target: row i lists the sources j of the edges j -> i, ascending.
@@ -242,7 +244,7 @@ class Graph:
     def add_self_loops(self, fill_value: float = 1.0) -> Graph:
         """One loop at every node: existing ones keep their weight, new ones get `fill_value`.
 
-        Equal to `torch_geometric.utils.add_remaining_self_loops`, which forgets `fill_value` where there are no weights:
+        Equal to `torch_geometric.utils.add_remaining_self_loops`. That forgets `fill_value` where there are no weights;
         here they are 1 then.
         """
         source, target = self.edge_index()
@@ -328,7 +330,7 @@ def _index_dtype(num_nodes: int, num_edges: int) -> torch.dtype:
 
 
 def _check_edge_index(edge_index: Any) -> None:
-    if not isinstance(edge_index, Tensor) or edge_index.dtype.is_floating_point or edge_index.dtype == torch.bool:
+    if not isinstance(edge_index, Tensor) or edge_index.dtype not in _INTEGERS:
         raise TypeError(f"edge_index must be an integer tensor [2, E], got {_describe(edge_index)}")
     if edge_index.layout != torch.strided:
         raise TypeError(f"edge_index must be a dense tensor, got {edge_index.layout}; see Graph.from_torch_csr")

@@ -118,11 +118,14 @@ class _Sweep:
 @contextmanager
 def _watched(model: nn.Module, sweep: _Sweep) -> Iterator[None]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, ReadsHistory)]
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         compute = layer.forward
         layer.forward = lambda x, batch, compute=compute: sweep.call(compute, x, batch)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward

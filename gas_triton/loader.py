@@ -77,6 +77,8 @@ class ClusterLoader:
         key = tuple(clusters)
         if key in self._planned:
             return self._with_tensors(self._planned[key])
+        if not clusters or len(set(clusters)) != len(clusters):
+            raise ValueError(f"clusters must be different and at least one, got {list(clusters)}")
         for cluster in clusters:
             if not 0 <= cluster < self.parts.num_parts:
                 raise ValueError(f"clusters must be in [0, {self.parts.num_parts}), got {cluster}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def attach_histories(
     *,
     layers: list[str] | None = None,
 ) -> Histories:
-    """Gives every layer but the first a history of its input.
+    """Gives every layer but the first a history of its input, in place of those that the model had.
 
     The first layer needs none: it is given `batch.x` or `batch.features`, where every neighbour is present. Layers
     count in the order in which the model registers them.
@@ -140,8 +141,11 @@ def attach_histories(
     if unknown:
         raise ValueError(f"layers must be among {list(found)}, got {unknown}")
     stores = {}
-    for name in layers:
-        layer = found[name]
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        stores[name] = layer.history = HistoryStore(num_nodes, layer.history_dim, dtype, device, name=name)
+    for name, layer in found.items():
+        if name in layers:
+            parameters = chain(model.get_submodule(name).parameters(), model.parameters())
+            device = next((p.device for p in parameters), torch.device("cpu"))
+            stores[name] = HistoryStore(num_nodes, layer.history_dim, dtype, device, name=name)
+    for name, layer in found.items():
+        layer.history = stores.get(name)
     return Histories(stores)

@@ -102,6 +102,8 @@ class HistoryStore:
             )
         if self.table.device != batch.device:
             raise ValueError(f"{self.name}'s history is on {self.table.device} but the batch is on {batch.device}")
+        if x.device != self.table.device:
+            raise ValueError(f"{self.name}: x is on {x.device} but the history is on {self.table.device}")
 
     def pull(self, ids: Tensor) -> Tensor:
         """A copy of rows `ids`, [len(ids), D]."""
@@ -109,7 +111,7 @@ class HistoryStore:
 
     def age(self, ids: Tensor | None = None) -> Tensor:
         """Pushes since each row was last pushed (its staleness), int64; -1 for a row never pushed."""
-        last = self.last_push if ids is None else self.last_push.index_select(0, ids)
+        last = (self.last_push if ids is None else self.last_push.index_select(0, ids)).long()
         return torch.where(last < 0, -1, self.clock - last)
 
     def reset(self) -> None:
@@ -144,6 +146,11 @@ class HistoryStore:
             raise ValueError(
                 f"{self.name}: the state holds {table.dtype} {list(table.shape)} but the history is "
                 f"{self.table.dtype} {list(self.table.shape)}"
+            )
+        times = state["last_push"]
+        if times.shape != self.last_push.shape:
+            raise ValueError(
+                f"{self.name}: the state's last_push has shape {list(times.shape)}, expected [{self.num_rows}]"
             )
         if None not in (self.row_order, state["row_order"]) and self.row_order != state["row_order"]:
             raise ValueError(

@@ -66,9 +66,15 @@ class Stack(nn.Module):
         self.convs = nn.ModuleList()
         for place in range(num_layers):
             is_dropped = place > 0 or linear or drop_input
-            conv = self.make_conv(widths[place], widths[place + 1], **options)
-            conv.input_dropout, conv.halo = (dropout if is_dropped else 0.0), halo
-            self.convs.append(conv)
+            self.convs.append(
+                self.make_conv(
+                    widths[place],
+                    widths[place + 1],
+                    input_dropout=dropout if is_dropped else 0.0,
+                    halo=halo,
+                    **options,
+                )
+            )
         num_norms = (num_layers if linear else num_layers - 1) if batch_norm else 0
         self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_channels) for _ in range(num_norms))
 
@@ -78,14 +84,14 @@ class Stack(nn.Module):
 
     @property
     def reg_parameters(self) -> list[nn.Parameter]:
-        """Parameters that PyGAS gives weight decay: all but the last layer's."""
+        """Parameters that PyGAS gives weight decay: all others."""
         kept = {id(p) for p in self.nonreg_parameters}
         return [p for p in self.parameters() if id(p) not in kept]
 
     @property
     def nonreg_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the last layer."""
-        last = self.lins[1:] if len(self.lins) else self.convs[-1:]
+        """Parameters that PyGAS does not: those of the linear ends, or else of the last layer."""
+        last = self.lins if len(self.lins) else self.convs[-1:]
         return list(chain.from_iterable(module.parameters() for module in last))
 
     def reset_parameters(self) -> None:

@@ -96,6 +96,7 @@ class HistoryLayer(nn.Module, ReadsHistory):
             x: [B + H, F], [B, F] or `batch.features`.
             batch: the plan of the step.
         """
+        self._check(x, batch)
         p = self.input_dropout if self.training else 0.0
         if isinstance(x, Features):
             if p == 0.0:
@@ -107,13 +108,31 @@ class HistoryLayer(nn.Module, ReadsHistory):
         if self.history is not None and x.size(0) == batch.num_nodes:
             if self.training:
                 self.history.push(x, batch)
-            else:
+            if batch.num_halo > 0:
                 self.history.check(x, batch)
-            table = self.history.table
+                table = self.history.table
         if p == 0.0:
             return Source(x, batch, self.halo, table)
         seed = functional.draw_seed(batch.device)
         return Source(functional.dropout(x, batch, p, seed), batch, self.halo, table, p, seed)
+
+    def _check(self, x: Any, batch: Batch) -> None:
+        # before anything is pushed
+        name, rows = type(self).__name__, x.table if isinstance(x, Features) else x
+        width: int | None = getattr(self, "in_channels", None)
+        if not isinstance(rows, Tensor) or rows.dtype not in functional.FLOATS:
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"x must be a floating tensor or batch.features, got {got}")
+        if rows.dim() != 2 or (width is not None and rows.size(1) != width):
+            raise ValueError(f"x must have shape [rows, {width or 'features'}] for {name}, got {list(rows.shape)}")
+        if rows.device != batch.device:
+            raise ValueError(f"x is on {rows.device} but the batch is on {batch.device}: move one with .to()")
+        parameter = next(self.parameters(), None)
+        if parameter is None or parameter.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
+            return
+        raise TypeError(
+            f"x is {rows.dtype} but {name}'s parameters are {parameter.dtype}: cast x, or use torch.autocast"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # a history follows its layer to another device, and never to another dtype

@@ -42,9 +42,9 @@ class GINConv(HistoryLayer):
         self.initial_eps = eps
         self.in_channels = None if in_channels is None else check_channels("in_channels", in_channels)
         if train_eps:
-            self.eps = torch.nn.Parameter(torch.tensor([eps]))
+            self.eps = torch.nn.Parameter(torch.tensor([float(eps)]))
         else:
-            self.register_buffer("eps", torch.tensor([eps]))
+            self.register_buffer("eps", torch.tensor([float(eps)]))
 
     @property
     def history_dim(self) -> int:

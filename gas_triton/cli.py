@@ -1,0 +1,262 @@
+"""The command line, `gas-triton`: each subcommand is a thin caller of the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from gas_triton.datasets import Dataset
+    from gas_triton.training import EpochRecord, Result, TrainConfig
+
+__all__ = ["main", "mebibytes", "progress", "table"]
+
+INTERRUPTED = 130
+FLAT_KEYS = (
+    "test_acc", "val_acc", "train_loss", "epoch_seconds", "peak_bytes", "num_parameters", "history_bytes", "best_epoch",
+    "interrupted",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        argv: arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 0, 1 where `doctor` finds a fault, 2 for an error, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("gas-triton: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"gas-triton: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from gas_triton.training import Result, TrainConfig, find_device, train
+
+    config = TrainConfig(
+        model=args.model, layers=args.layers, hidden=args.hidden, dropout=args.dropout, lr=args.lr,
+        weight_decay=args.weight_decay, grad_norm=args.grad_norm, epochs=args.epochs, eval_every=args.eval_every,
+        num_parts=args.num_parts, batch_size=args.batch_size, partition=args.partition, full_batch=args.full_batch,
+        history_dtype=args.history_dtype, seed=args.seed,
+    )  # fmt: skip
+    if args.json is not None and not (args.json.parent.is_dir() and not args.json.is_dir()):
+        raise ValueError(f"--json must name a file in a folder that exists, got {args.json}")
+    device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cache = None if args.no_cache else args.cache or cache_folder()
+    result = Result(interrupted=True)
+    try:
+        dataset = _load(args)
+        _say(args, repr(dataset))
+        with progress(config.epochs, args.quiet) as on_epoch:
+            result = train(dataset, config, on_epoch, device=device, cache=cache)
+    except KeyboardInterrupt:
+        pass  # before the first epoch: the result says that nothing was reached
+    if args.json is not None:
+        args.json.write_text(json.dumps(_report(args, config, result, device), indent=2) + "\n")
+    print(_summary(result))
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _report(args: argparse.Namespace, config: TrainConfig, result: Result, device: torch.device) -> dict[str, Any]:
+    from gas_triton.doctor import versions
+
+    flat = {key: _finite(getattr(result, key)) for key in FLAT_KEYS}
+    data = {"dataset": args.dataset, "split": args.split, "nodes": args.nodes, "edges": args.edges}
+    return {**flat, "config": {**data, "device": str(device), **asdict(config)}, "versions": versions(device)}
+
+
+def _finite(value: Any) -> Any:
+    """`value`, or None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary(result: Result) -> str:
+    if result.test_acc is None or result.peak_bytes is None:
+        return f"interrupted after {len(result.epochs)} epochs, before the first evaluation"
+    history = f" + {mebibytes(result.history_bytes or 0)} histories" if result.history_bytes else ""
+    state = f"interrupted after {len(result.epochs)} epochs: " if result.interrupted else ""
+    return (
+        f"{state}test {result.test_acc:.4f} (validation {result.val_acc:.4f}, epoch {result.best_epoch}), "
+        f"{result.epoch_seconds:.3f} s an epoch, {mebibytes(result.peak_bytes)} a step at most{history}, "
+        f"{result.num_parameters} parameters"
+    )
+
+
+# --- partition --------------------------------------------------------------------------------------------------------
+
+
+def _partition(args: argparse.Namespace) -> int:
+    from gas_triton.graph import Graph
+    from gas_triton.partition import metis, random_partition
+
+    dataset = _load(args)
+    print(dataset)
+    graph = Graph.from_edge_index(dataset.edge_index, num_nodes=dataset.num_nodes)
+    header = ["parts", "by", "edge cut", "halo rows", "halo ratio", "inter/intra", "balance", "seconds"]
+    rows = []
+    for num_parts in args.num_parts:
+        for name, split in (("METIS", metis), ("random", random_partition)):
+            start = time.perf_counter()
+            parts = split(graph, num_parts, args.seed)
+            seconds = time.perf_counter() - start
+            stats = parts.stats(args.batch_size, args.seed)
+            shares = [stats.halo_ratio, stats.inter_intra_ratio, stats.balance]
+            numbers = [f"{stats.edge_cut:.1%}", f"{stats.halo_rows:.0f}", *(f"{share:.2f}" for share in shares)]
+            rows.append([str(num_parts), name, *numbers, f"{seconds:.2f}"])
+    print(table(header, rows))
+    print(f"Clusters of a batch: {args.batch_size}. Halo ratio: rows read from histories over rows computed.")
+    return 0
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from gas_triton.doctor import examine
+
+    return 0 if examine() else 1
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text with one line a row, columns aligned to the right except the first."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def mebibytes(nbytes: int) -> str:
+    """Bytes for a reader: `12.3 MiB`."""
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+@contextmanager
+def progress(epochs: int, quiet: bool = False, label: str = "training") -> Iterator[Callable[[EpochRecord], None]]:
+    """A progress bar over epochs; gives what `train` takes as `on_epoch`.
+
+    Args:
+        epochs: how many there will be.
+        quiet: draws nothing.
+        label: stands before the bar.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=epochs, desc=label, unit="epoch", disable=quiet) as bar:
+
+        def on_epoch(record: EpochRecord) -> None:
+            shown = {"loss": f"{record.train_loss:.3f}"}
+            if record.val_acc is not None:
+                shown["val"] = f"{record.val_acc:.4f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+        yield on_epoch
+
+
+def cache_folder() -> Path:
+    """Where METIS partitions are kept: `gas_triton` in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gas_triton"
+
+
+def _load(args: argparse.Namespace) -> Dataset:
+    from gas_triton.datasets import generate, load
+
+    size = {key: value for key, value in (("num_nodes", args.nodes), ("num_edges", args.edges)) if value is not None}
+    if not size:
+        return load(args.dataset, args.root, args.split)
+    if args.dataset.lower() != "generated":
+        raise ValueError(f"--nodes and --edges are for --dataset generated, got --dataset {args.dataset}")
+    if args.split != 0:
+        raise ValueError(f"split: generated has 1 (from 0 to 0), got {args.split}")
+    return generate(**size)
+
+
+def _say(args: argparse.Namespace, line: str) -> None:
+    if not args.quiet:
+        print(line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gas-triton", description="Train graph neural networks with historical embeddings (GNNAutoScale)."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--dataset", required=True, help="generated, an npz file of --root, or a PyG or OGB name")
+    data.add_argument("--root", help="folder of npz files and downloads (default: $GAS_TRITON_DATA)")
+    data.add_argument("--split", type=int, default=0, help="which split of the dataset (default: %(default)s)")
+    data.add_argument("--nodes", type=int, help="nodes of the generated graph")
+    data.add_argument("--edges", type=int, help="directed edges of the generated graph, an even number")
+    data.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", parents=[data, common], help="train a model and report its test accuracy")
+    train.set_defaults(run=_train)
+    options: list[tuple[str, type, Any, str]] = [
+        ("--model", str, "gcn", "gcn, sage or gin"),
+        ("--layers", int, 2, "layers"),
+        ("--hidden", int, 64, "width between layers"),
+        ("--dropout", float, 0.5, "probability, on the input of every layer"),
+        ("--lr", float, 0.01, "learning rate of Adam"),
+        ("--weight-decay", float, 0.0, "of all parameters but the last layer's"),
+        ("--grad-norm", float, None, "scale gradients down to this norm (default: leave them)"),
+        ("--num-parts", int, 40, "clusters"),
+        ("--batch-size", int, 10, "clusters of a batch"),
+        ("--partition", str, "metis", "metis or random"),
+        ("--epochs", int, 100, "epochs"),
+        ("--eval-every", int, 1, "epochs between evaluations"),
+        ("--history-dtype", str, "float32", "float32, bfloat16 or float16"),
+        ("--device", str, None, "cpu, cuda or cuda:N (default: a GPU if there is one)"),
+        ("--cache", Path, None, "folder that keeps METIS partitions (default: ~/.cache/gas_triton)"),
+        ("--json", Path, None, "file for the result"),
+    ]
+    for flag, kind, default, text in options:
+        text = text if default is None else f"{text} (default: %(default)s)"
+        train.add_argument(flag, type=kind, default=default, help=text)
+    train.add_argument("--full-batch", action="store_true", help="train on the whole graph at once")
+    train.add_argument("--no-cache", action="store_true", help="compute the partition anew, and do not keep it")
+    train.add_argument("--quiet", action="store_true", help="print the result only")
+
+    partition = commands.add_parser("partition", parents=[data, common], help="compare METIS with a random partition")
+    partition.set_defaults(run=_partition)
+    partition.add_argument("--num-parts", type=int, nargs="+", default=[40], help="clusters (default: 40)")
+    partition.add_argument("--batch-size", type=int, default=1, help="clusters of a batch (default: %(default)s)")
+
+    doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run, and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

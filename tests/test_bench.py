@@ -1,0 +1,258 @@
+"""The benchmarks compare equal answers: what they compute, at sizes that take no time."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from bench import (
+    accuracy,
+    bench_aggregate,
+    bench_epoch,
+    bench_memory,
+    bench_overhead,
+    bench_plan,
+    pygas,
+    side_by_side,
+)
+from bench.side_by_side import Target
+from gas_triton.datasets import Dataset, generate
+
+HIDDEN = 16
+
+
+@pytest.fixture(scope="module")
+def problem() -> bench_epoch.Problem:
+    return bench_epoch.make_problem(600, 6000, num_parts=8, batch_size=2, cache=None)
+
+
+@pytest.fixture(autouse=True)
+def _no_cached_problem() -> Iterator[None]:
+    # the benchmarks keep their inputs; a tiny one must not be found by a benchmark run after this
+    yield
+    for module in (bench_aggregate, bench_epoch, bench_overhead):
+        module.make_problem.cache_clear()
+
+
+# --- side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_interleave_runs_every_function_in_every_round_in_turning_order() -> None:
+    called: list[str] = []
+    functions = {name: lambda name=name: called.append(name) for name in "abc"}
+    seconds = side_by_side.interleave(functions, rounds=3, warmup=1, calls=2)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    rounds = ["".join(called[start : start + 6]) for start in range(0, len(called), 6)]
+    assert rounds == ["ccaabb", "aabbcc", "bbccaa", "ccaabb"]
+
+
+def test_report_gives_ratios_and_verdicts() -> None:
+    seconds = {"ours": [1e-3, 1e-3, 2e-3], "theirs": [4e-3, 3e-3, 8e-3]}
+    # a ratio is taken within each round: 4, 3 and 4
+    assert side_by_side.ratio(seconds, "theirs", "ours") == pytest.approx(4.0)
+    targets = [Target("theirs", "ours", 2.0), Target("theirs", "ours", 5.0), Target("absent", "ours", 2.0)]
+    lines = side_by_side.report("title", seconds, "ours", targets).splitlines()
+    assert lines[0] == "title"
+    assert lines[3].split() == ["theirs", "4.00", "ms", "3.00", "ms", "4.00x"]
+    assert [line.split(": ")[1] for line in lines[4:]] == ["4.00x, met", "4.00x, MISSED", "not measured"]
+
+
+# --- aggregate, overhead ---------------------------------------------------------------------------------------------
+
+
+def test_aggregate_ways_agree() -> None:
+    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
+    assert problem.batch.num_halo == 50
+    assert problem.batch.outer.num_edges == 60 * 8 // 4
+    bench_aggregate.check(problem)
+
+
+@pytest.mark.interop
+def test_aggregate_agrees_with_torch_sparse(torch_sparse: ModuleType) -> None:
+    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
+    assert bench_aggregate.PYGAS in bench_aggregate.cases(problem, "forward")
+    bench_aggregate.check(problem)
+
+
+def test_wrong_answer_is_noticed() -> None:
+    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
+    with pytest.raises(AssertionError, match="answers differ"):
+        bench_aggregate.check(dataclasses.replace(problem, weight=problem.weight * 1.001))
+
+
+def test_without_torch_sparse_the_rest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pygas.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'gas-triton[sparse]'" in (pygas.missing() or "")
+    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
+    assert bench_aggregate.PYGAS not in bench_aggregate.cases(problem, "forward")
+    bench_aggregate.check(problem)
+
+
+def test_overhead_calls_the_same_kernels() -> None:
+    bench_overhead.check(bench_overhead.make_problem())
+
+
+def test_main_prints_verdicts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_overhead", "--rounds", "1"])
+    monkeypatch.setattr(bench_overhead, "CALLS_A_ROUND", 2)
+    bench_overhead.main()
+    assert capsys.readouterr().out.count("target overhead <= 40 us") == len(bench_overhead.CALLS)
+
+
+# --- plan, epoch -----------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_complete(problem: bench_epoch.Problem) -> None:
+    planning = bench_plan.Planning(problem, hidden=HIDDEN)
+    bench_plan.check(planning)
+    assert float(planning.step()) > 0.0
+
+
+def test_plans_grow_with_the_multiple(problem: bench_epoch.Problem) -> None:
+    plans = bench_plan.planners(problem, multiples=(1, 2, 4))
+    assert [len(plan().clusters) for plan in plans.values()] == [2, 4, 8]
+
+
+def test_exponent() -> None:
+    assert bench_plan.exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_epochs_without_torch_sparse(problem: bench_epoch.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pygas, "missing", lambda: "absent")
+    assert list(bench_epoch.trainings(problem)) == [bench_epoch.OURS]
+
+
+def test_epochs_take_the_same_groups(problem: bench_epoch.Problem) -> None:
+    training = bench_epoch.Training(problem, hidden=HIDDEN)
+    for epoch in range(2):
+        training.loader.epoch = epoch
+        assert [batch.clusters for batch in training.loader] == problem.groups[epoch]
+
+
+@pytest.mark.interop
+def test_losses_agree_with_pygas(problem: bench_epoch.Problem, torch_sparse: ModuleType) -> None:
+    bench_epoch.check(problem, hidden=HIDDEN, epochs=3)
+
+
+@pytest.mark.interop
+def test_different_losses_are_noticed(
+    problem: bench_epoch.Problem, torch_sparse: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_push(self: pygas.GCN, history: torch.Tensor, x: torch.Tensor, batch: pygas.Subgraph) -> torch.Tensor:
+        return pygas.pull(x, history, batch.n_id[batch.batch_size :])
+
+    monkeypatch.setattr(pygas.GCN, "push_and_pull", without_push)
+    with pytest.raises(AssertionError, match="losses of epoch"):
+        bench_epoch.check(problem, hidden=HIDDEN, epochs=3)
+
+
+@pytest.mark.interop
+def test_pygas_relabels_to_the_same_subgraph(problem: bench_epoch.Problem, torch_sparse: ModuleType) -> None:
+    loader = pygas.SubgraphLoader(problem.graph, problem.parts, y=problem.y)
+    batch, ours = loader.batch([5, 2]), problem.loader().batch([5, 2])
+    assert batch.batch_size == ours.num_nodes
+    assert torch.equal(batch.n_id[: batch.batch_size], ours.node_ids)
+    assert torch.equal(batch.n_id[batch.batch_size :].sort().values, ours.halo_ids)
+    assert torch.equal(batch.tensors["y"], problem.y[batch.n_id])
+    rows = problem.graph.to_torch_csr().to_dense()[ours.node_ids]
+    assert torch.equal(batch.adj_t.to_dense(), rows[:, batch.n_id])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> bench_epoch.Problem:
+    return bench_memory.make_problem(600, 6000, num_parts=12, cache=None)
+
+
+def test_peak_of_equal_batches(small: bench_epoch.Problem) -> None:
+    one, many = bench_memory.measure_both(small, 3, hidden=HIDDEN)
+    assert (many.num_nodes, many.num_edges) == (3 * one.num_nodes, 3 * one.num_edges)
+    assert many.history_bytes == pytest.approx(3 * one.history_bytes, rel=0.01)
+    assert abs(many.step_bytes / one.step_bytes - 1) <= bench_memory.MAX_GROWTH
+
+
+def test_an_allocation_for_every_node_shows(small: bench_epoch.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = bench_epoch.Training.step
+
+    def wasteful(self: bench_epoch.Training, batch: object) -> torch.Tensor:
+        rows = torch.zeros(self.loader.graph.num_nodes, HIDDEN)
+        return step(self, batch) + rows.sum()  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench_epoch.Training, "step", wasteful)
+    one, many = bench_memory.measure_both(small, 3, hidden=HIDDEN)
+    assert many.step_bytes / one.step_bytes - 1 > bench_memory.MAX_GROWTH
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets the presets train on a tiny graph; what was loaded."""
+    loaded: list[str] = []
+
+    def load(name: str, root: str | None) -> Dataset:
+        loaded.append(name)
+        return generate(400, 4000)
+
+    monkeypatch.setattr(accuracy, "load", load)
+    return loaded
+
+
+def run_accuracy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["accuracy", "--datasets", "PubMed", "--epochs", "2", *arguments])
+    accuracy.main()
+
+
+def test_accuracy_takes_up_where_it_stopped(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results" / "runs.json"
+    run_accuracy(monkeypatch, "--seeds", "1", "--json", str(path))
+    written = json.loads(path.read_text())["groups"]
+    assert set(written) == {"PubMed full-batch", "PubMed histories"}
+    assert tiny == ["PubMed"]
+
+    run_accuracy(monkeypatch, "--seeds", "1", "--json", str(path))
+    assert tiny == ["PubMed"], "nothing was missing, so nothing should have been loaded"
+
+    run_accuracy(monkeypatch, "--seeds", "2", "--json", str(path))
+    grown = json.loads(path.read_text())["groups"]
+    assert all(list(group["seeds"]) == ["0", "1"] for group in grown.values())
+    assert all(grown[name]["seeds"]["0"] == written[name]["seeds"]["0"] for name in written)
+    assert capsys.readouterr().out.count("| PubMed |") == 3
+
+
+def test_accuracy_forgets_runs_of_other_settings(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "runs.json"
+    run_accuracy(monkeypatch, "--seeds", "1", "--json", str(path))
+    monkeypatch.setitem(accuracy.PRESETS, "PubMed", (8, 4, 12, 0.5, 0.01, 5e-4, 0.0, 1.0))
+    run_accuracy(monkeypatch, "--seeds", "1", "--json", str(path))
+    groups = json.loads(path.read_text())["groups"]
+    assert tiny == ["PubMed", "PubMed"]
+    assert all(group["settings"]["hidden"] == 12 for group in groups.values())
+
+
+def test_accuracy_table() -> None:
+    record = accuracy.Record(None)
+    for way, points in (("full-batch", (0.80, 0.82)), ("histories", (0.81, 0.83))):
+        done = record.group("Cora", way, 200)
+        done |= {str(seed): {"test_acc": point} for seed, point in enumerate(points)}
+    last = accuracy.table(record, ["Cora", "CiteSeer"], 2, 200).splitlines()[-1]
+    assert last == "| Cora | 81.00 ± 1.41 | 82.00 ± 1.41 | +1.00, NOT within 0.5 points | 2 |"
+
+
+def test_presets_are_the_papers() -> None:
+    config = accuracy.preset("Cora", "histories", seed=3)
+    assert (config.num_parts, config.batch_size, config.hidden, config.layers, config.epochs) == (40, 10, 16, 2, 200)
+    assert (config.lr, config.weight_decay, config.weight_decay_last, config.grad_norm) == (0.01, 5e-4, 0.0, 1.0)
+    assert (config.dropout, config.seed, config.full_batch) == (0.5, 3, False)
+    assert accuracy.preset("Cora", "full-batch", seed=3) == dataclasses.replace(config, full_batch=True)
