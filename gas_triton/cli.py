@@ -180,7 +180,11 @@ def progress(epochs: int, quiet: bool = False, label: str = "training") -> Itera
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
-        yield on_epoch
+        try:
+            yield on_epoch
+        except Exception:
+            bar.leave = False  # an error message stands alone
+            raise
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,9 +35,12 @@ def inference(model: nn.Module, loader: ClusterLoader, forward: Forward | None =
 
     Returns:
         [N, C] in the order of the loader's graph, on its device.
+
+    Raises:
+        RuntimeError: the batches do not all call the same layers.
     """
     forward = forward or _call_with_x
-    sweep = _Sweep(loader.graph.num_nodes)
+    sweep = _Sweep(loader.graph.num_nodes, num_batches=len(loader))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -75,18 +78,20 @@ class _NotYetKnown(Exception):
 class _Sweep:
     """What the layer calls of a forward, counted from 0, have received and given so far."""
 
-    def __init__(self, num_nodes: int) -> None:
-        self.num_nodes = num_nodes
+    def __init__(self, num_nodes: int, num_batches: int) -> None:
+        self.num_nodes, self.num_batches = num_nodes, num_batches
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
-        self._rows_kept: Counter[int] = Counter()
+        self._kept_by: defaultdict[int, set[int]] = defaultdict(set)
         self._known: set[int] = set()
         self._computed: set[tuple[int, int]] = set()
-        self._batch = self._place = 0
+        self._batch, self._place = -1, 0
 
     def begin(self) -> None:
-        self._batch = -1
-        self._known = {place for place, rows in self._rows_kept.items() if rows == self.num_nodes}
+        known = {place for place, batches in self._kept_by.items() if len(batches) == self.num_batches}
+        if self._batch >= 0 and known == self._known:
+            raise RuntimeError("model does not call the same layers for every batch, so some rows never become known")
+        self._batch, self._known = -1, known
 
     def begin_batch(self) -> None:
         self._batch, self._place = self._batch + 1, 0
@@ -101,7 +106,7 @@ class _Sweep:
             else:
                 # kept by a batch without halo too: its rows are halo rows of others
                 self._keep(self.inputs, place, x, batch)
-                self._rows_kept[place] += batch.num_nodes
+                self._kept_by[place].add(self._batch)
                 if batch.num_halo > 0:
                     raise _NotYetKnown
         out = compute(x, batch)

@@ -87,6 +87,8 @@ GRAPHS = {
     "weighted_directed": random_edges(weighted=True),
     "weighted_symmetric": random_edges(weighted=True, symmetric=True),
     "simple": random_edges(plain=True, symmetric=True, isolated=0),
+    # node 0 has no edge into it, node 1 only one without weight
+    "path": Edges(torch.tensor([[0, 1, 2], [1, 2, 3]]), torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64), 4),
     "no_edges": random_edges(num_nodes=5, num_edges=0),
     "one_node": Edges(torch.zeros(2, 2, dtype=torch.int64), None, 1),
 }

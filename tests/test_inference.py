@@ -130,6 +130,20 @@ def test_model_called_otherwise() -> None:
     torch.testing.assert_close(given, expected)
 
 
+def test_batches_that_call_different_layers_are_refused() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = SAGEConv(6, 4).double(), SAGEConv(4, 4).double()
+
+        def forward(self, x: Tensor, batch: Batch) -> Tensor:
+            h = self.conv1(x, batch)
+            return h if 0 in batch.clusters else self.conv2(h, batch)
+
+    with pytest.raises(RuntimeError, match="model does not call the same layers for every batch"):
+        inference(Fickle(), make_loader())
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,169 @@
+"""Test accuracy of a GCN trained with histories against the same model trained full-batch, with the paper's settings.
+
+    python -m bench.accuracy --root DATA --seeds 10 --datasets Cora PubMed --json bench/results/accuracy-cpu.json
+
+A run is one seed of one dataset in one way; its test accuracy is that of the best validation epoch. Every finished run
+is written to the JSON file, and a run whose settings stand there already is not repeated: stop and start again at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.side_by_side import machine
+from gas_triton.datasets import Dataset, load
+from gas_triton.training import TrainConfig, train
+
+WAYS = ("full-batch", "histories")
+MAX_DIFFERENCE = 0.5
+
+# GCN rows of PyGAS's small_benchmark/conf/model/gcn.yaml (Fey et al., ICML 2021, table 1): 2 layers, 200 epochs, Adam.
+# dataset          clusters  a batch  hidden  dropout  lr    decay  decay of the last layer  gradient norm
+PRESETS: dict[str, tuple[int, int, int, float, float, float, float, float | None]] = {
+    "Cora":            (40,  10,      16,     0.5,     0.01, 5e-4,  0.0,                     1.0),
+    "CiteSeer":        (24,  8,       16,     0.5,     0.01, 5e-4,  0.0,                     None),
+    "PubMed":          (8,   4,       16,     0.5,     0.01, 5e-4,  0.0,                     1.0),
+    "CoauthorCS":      (2,   1,       64,     0.5,     0.01, 1e-3,  0.0,                     1.0),
+    "CoauthorPhysics": (4,   2,       64,     0.5,     0.01, 1e-3,  0.0,                     None),
+    "AmazonComputers": (32,  16,      64,     0.5,     0.01, 1e-3,  0.0,                     1.0),
+    "AmazonPhoto":     (32,  16,      64,     0.5,     0.01, 1e-3,  0.0,                     None),
+    "WikiCS":          (32,  16,      33,     0.25,    0.02, 5e-4,  0.0,                     1.0),
+}  # fmt: skip
+
+
+def preset(name: str, way: str, seed: int, epochs: int = 200) -> TrainConfig:
+    """The paper's settings for a dataset; all seeds share one partition, as in PyGAS.
+
+    Args:
+        name: a key of `PRESETS`.
+        way: "full-batch" or "histories".
+        seed: of the parameters, the dropout masks and the order of the batches.
+        epochs: epochs to train.
+    """
+    num_parts, batch_size, hidden, dropout, lr, decay, decay_last, grad_norm = PRESETS[name]
+    return TrainConfig(
+        model="GCN", layers=2, hidden=hidden, dropout=dropout, lr=lr, weight_decay=decay,
+        weight_decay_last=decay_last, grad_norm=grad_norm, epochs=epochs, num_parts=num_parts, batch_size=batch_size,
+        full_batch=way == "full-batch", seed=seed,
+    )  # fmt: skip
+
+
+def run(dataset: Dataset, config: TrainConfig) -> dict[str, Any] | None:
+    """Trains once; None if Ctrl-C ended it."""
+    start = time.perf_counter()
+    result = train(dataset, config)
+    if result.interrupted or result.test_acc is None or result.val_acc is None:
+        return None
+    return {
+        "test_acc": round(result.test_acc, 6),
+        "val_acc": round(result.val_acc, 6),
+        "best_epoch": result.best_epoch,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+class Record:
+    """Finished runs, in memory and in a JSON file.
+
+    Args:
+        path: the file; None keeps them in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.groups: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            self.groups = json.loads(path.read_text())["groups"]
+
+    def group(self, name: str, way: str, epochs: int) -> dict[str, Any]:
+        """Runs of a dataset by seed; those of other settings than today's are forgotten."""
+        settings = {key: value for key, value in asdict(preset(name, way, 0, epochs)).items() if key != "seed"}
+        group = self.groups.get(f"{name} {way}")
+        # a setting that did not exist when a run was done had its present default
+        if group is None or any(settings.get(key) != value for key, value in group["settings"].items()):
+            group = self.groups[f"{name} {way}"] = {"settings": settings, "seeds": {}}
+        return group["seeds"]
+
+    def save(self) -> None:
+        """Writes the file whole."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine().splitlines()[0], "groups": self.groups}
+        # a stop while writing leaves the old file
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.path)
+
+    def accuracies(self, name: str, way: str, seeds: int, epochs: int) -> list[float]:
+        """Test accuracies in points, of the seeds below `seeds` that are done."""
+        done = self.group(name, way, epochs)
+        return [100 * done[str(seed)]["test_acc"] for seed in range(seeds) if str(seed) in done]
+
+
+def table(record: Record, names: list[str], seeds: int, epochs: int) -> str:
+    """Mean and standard deviation of the test accuracy in points, for both ways of every dataset."""
+    lines = [
+        f"| dataset | {' | '.join(WAYS)} | difference | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name in names:
+        both = [record.accuracies(name, way, seeds, epochs) for way in WAYS]
+        if not all(both):
+            continue
+        cells = [
+            f"{statistics.mean(points):.2f} ± {statistics.stdev(points) if len(points) > 1 else 0.0:.2f}"
+            for points in both
+        ]
+        difference = statistics.mean(both[1]) - statistics.mean(both[0])
+        verdict = "within" if abs(difference) <= MAX_DIFFERENCE else "NOT within"
+        done = " and ".join(sorted({str(len(points)) for points in both}))
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {difference:+.2f}, {verdict} {MAX_DIFFERENCE} points | {done} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", help="folder of the .npz files (default: $GAS_TRITON_DATA)")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--datasets", nargs="+", default=["Cora", "PubMed"], choices=PRESETS, metavar="NAME")
+    parser.add_argument("--json", type=Path, help="where runs are kept and taken up again")
+    arguments = parser.parse_args()
+    record = Record(arguments.json)
+    wanted = [(n, w, s) for n in arguments.datasets for s in range(arguments.seeds) for w in WAYS]
+    loaded: dict[str, Dataset] = {}
+    bar = tqdm(wanted, unit="run")
+    for name, way, seed in bar:
+        bar.set_description(f"{name}, {way}, seed {seed}")
+        done = record.group(name, way, arguments.epochs)
+        if str(seed) in done:
+            continue
+        if name not in loaded:
+            loaded = {name: load(name, arguments.root)}
+        values = run(loaded[name], preset(name, way, seed, arguments.epochs))
+        if values is None:
+            break
+        done[str(seed)] = values
+        record.save()
+    bar.close()
+    print(table(record, arguments.datasets, arguments.seeds, arguments.epochs))
+
+
+if __name__ == "__main__":
+    main()

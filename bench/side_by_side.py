@@ -1,0 +1,109 @@
+"""Timing of several functions side by side: one round runs each once, so that a disturbance hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Functions = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio that the project promises: `slower` takes at least `at_least` times as long as `faster`."""
+
+    slower: str
+    faster: str
+    at_least: float
+
+
+def interleave(functions: Functions, rounds: int = 20, warmup: int = 3, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of every function in every round.
+
+    The order turns by one each round, so that no function always runs in the caches that the same other one left.
+
+    Args:
+        functions: what to time, by name.
+        rounds: rounds that count.
+        warmup: rounds before them that do not.
+        calls: calls timed as one, for functions that are short beside the clock.
+    """
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-warmup, rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                function = functions[name]
+                start = time.perf_counter()
+                for _ in range(calls):
+                    function()
+                elapsed = (time.perf_counter() - start) / calls
+                if number >= 0:
+                    seconds[name].append(elapsed)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], slower: str, faster: str) -> float:
+    """How many times longer `slower` takes: the median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
+
+
+def report(title: str, seconds: Mapping[str, list[float]], base: str, targets: list[Target] | None = None) -> str:
+    """A table of medians and ratios to `base`, and whether the targets are met."""
+    width = max(map(len, seconds))
+    lines = [title, f"  {'':{width}}  {'median':>10}  {'fastest':>10}  over {base}"]
+    for name, values in seconds.items():
+        median, fastest = _duration(statistics.median(values)), _duration(min(values))
+        lines.append(f"  {name:{width}}  {median:>10}  {fastest:>10}  {ratio(seconds, name, base):.2f}x")
+    for target in targets or []:
+        if target.slower not in seconds:
+            lines.append(f"  target {target.slower} / {target.faster} >= {target.at_least:g}x: not measured")
+            continue
+        reached = ratio(seconds, target.slower, target.faster)
+        verdict = "met" if reached >= target.at_least else "MISSED"
+        lines.append(f"  target {target.slower} / {target.faster} >= {target.at_least:g}x: {reached:.2f}x, {verdict}")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The machine and the versions that a number belongs to; says so if something else keeps the machine busy."""
+    line = (
+        f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        line += f"\nwarning: the machine was busy (load {load:.1f}), so the times below are noisy"
+    return line
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 1.0:
+        return f"{seconds:.2f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.2f} ms"
+    return f"{seconds * 1e6:.1f} us"

@@ -1,0 +1,339 @@
+"""The command line: what it writes, what it says to bad input, and how Ctrl-C ends it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gas_triton
+from gas_triton import cli, doctor
+from gas_triton.datasets import generate, load
+from gas_triton.training import TrainConfig, train
+
+GENERATED = ["--dataset", "Generated", "--nodes", "600", "--edges", "6000"]
+TRAIN = [
+    "train",
+    *GENERATED,
+    "--layers",
+    "2",
+    "--hidden",
+    "8",
+    "--num-parts",
+    "6",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("GAS_TRITON_DATA", raising=False)
+    threads = torch.get_num_threads()
+    # Steps this small are slower on several threads, above all where other programs run.
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_npz(path: Path) -> None:
+    """A small graph with two splits, of which the second trains on nothing."""
+    data = generate(200, 1600, num_classes=3, num_features=4)
+    masks = {name: getattr(data, name).numpy() for name in ("train_mask", "val_mask", "test_mask")}
+    both = {name: np.stack([mask, mask & (name != "train_mask")], axis=1) for name, mask in masks.items()}
+    np.savez(path, edge_index=data.edge_index.numpy(), x=data.x.numpy(), y=data.y.numpy(), **both)
+
+
+# --- train
+
+
+def test_train_writes_what_the_library_computes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    options = ["--model", "GcN", "--epochs", "4", "--eval-every", "2", "--weight-decay", "0.001", "--grad-norm", "2"]
+    options += ["--lr", "0.02", "--dropout", "0.25", "--seed", "3", "--history-dtype", "bfloat16"]
+    assert cli.main([*TRAIN, *options, "--json", str(path)]) == 0
+    config = TrainConfig(
+        layers=2, hidden=8, num_parts=6, batch_size=2, epochs=4, eval_every=2, weight_decay=0.001, grad_norm=2.0,
+        lr=0.02, dropout=0.25, seed=3, history_dtype="bfloat16",
+    )  # fmt: skip
+    expected = train(generate(600, 6000), config)
+    written = json.loads(path.read_text())
+    for key in ("test_acc", "val_acc", "train_loss", "peak_bytes", "num_parameters", "history_bytes", "best_epoch"):
+        assert written[key] == getattr(expected, key), key
+    assert written["epoch_seconds"] > 0
+    assert written["interrupted"] is False
+    assert written["config"]["dataset"] == "Generated"
+    assert (written["config"]["nodes"], written["config"]["edges"], written["config"]["device"]) == (600, 6000, "cpu")
+    assert {key: written["config"][key] for key in vars(config)} == vars(config)
+    assert written["versions"] == doctor.versions(torch.device("cpu"))
+    assert written["versions"]["gas_triton"] == gas_triton.__version__
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["versions"]["device"]
+    printed = capsys.readouterr()
+    assert "Dataset(generated: 600 nodes, 6000 edges" in printed.out
+    assert f"test {written['test_acc']:.4f} (validation {written['val_acc']:.4f}, epoch" in printed.out
+    assert "4/4" in printed.err
+    assert "loss=" in printed.err
+
+
+def test_quiet_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TRAIN, "--epochs", "1", "--full-batch", "--model", "sage", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    (line,) = printed.out.splitlines()
+    assert re.fullmatch(
+        r"test 0\.\d{4} \(validation 0\.\d{4}, epoch 1\), [\d.]+ s an epoch, [\d.]+ MiB a step at most, "
+        r"\d+ parameters",
+        line,
+    )
+
+
+def test_train_reads_files_under_root_by_any_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_npz(tmp_path / "My-Graph.npz")
+    options = ["--epochs", "1", "--num-parts", "4", "--quiet", "--device", "cpu"]
+    assert cli.main(["train", "--dataset", "mygraph", "--root", str(tmp_path), *options]) == 0
+    monkeypatch.setenv("GAS_TRITON_DATA", str(tmp_path))
+    assert cli.main(["train", "--dataset", "MY_GRAPH", *options]) == 0
+
+
+def test_cora_by_name(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--hidden", "8", "--epochs", "2", "--quiet", "--device", "cpu"]
+    assert cli.main(["train", "--dataset", "cora", "--root", str(data_root), *options]) == 0
+    assert f"{1433 * 8 + 8 + 8 * 7 + 7} parameters" in capsys.readouterr().out
+    assert load("cora", data_root).num_features == 1433
+
+
+def test_partitions_are_kept_in_the_cache(tmp_path: Path) -> None:
+    run = [*TRAIN, "--epochs", "1", "--quiet"]
+    own, default = tmp_path / "own", tmp_path / "cache" / "gas_triton"
+    assert cli.main([*run, "--no-cache"]) == 0
+    assert not default.exists()
+    assert cli.main([*run, "--cache", str(own)]) == 0
+    assert not default.exists()
+    assert cli.main(run) == 0
+    assert [path.name for path in own.iterdir()] == [path.name for path in default.iterdir()]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--dataset", "coora"], r"expected one of generated, Cora, .*ogbn-products .*got 'coora'"),
+        (["--model", "gcm"], r"model must be one of GCN, SAGE, GIN.*, got 'gcm'"),
+        (["--num-parts", "601"], r"num_parts must be from 1 to the number of nodes \(600\), got 601"),
+        (["--partition", "kmeans"], r"partition must be one of metis, random, got 'kmeans'"),
+        (["--history-dtype", "int3"], r"history_dtype must be one of float32, bfloat16, float16, got 'int3'"),
+        (["--device", "cuda:99"], r"device must be one of cpu.* on this machine, got 'cuda:99'"),
+        (["--edges", "601"], r"num_edges: expected an even number .*, got 601"),
+        (["--split", "4"], r"split: generated has 1 \(from 0 to 0\), got 4"),
+        (["--dropout", "1.5"], r"dropout must be in \[0, 1\), got 1.5"),
+        (["--json", "no/such/folder/run.json"], r"--json must name a file in a folder that exists, got no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    arguments = ["train", *options] if "--dataset" in options else [*TRAIN, *options]
+    assert cli.main([*arguments, "--quiet"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert re.match("gas-triton: error: .*" + message, printed.err)
+    with pytest.raises(ValueError, match=message.split(",")[0]):
+        cli.main([*arguments, "--debug"])
+
+
+def test_sizes_are_for_the_generated_graph_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_npz(tmp_path / "mine.npz")
+    assert cli.main(["train", "--dataset", "mine", "--root", str(tmp_path), "--nodes", "50"]) == 2
+    assert "--nodes and --edges are for --dataset generated, got --dataset mine" in capsys.readouterr().err
+    assert cli.main(["train", "--dataset", "mine", "--root", str(tmp_path), "--split", "1", "--num-parts", "4"]) == 2
+    assert "train_mask of mine must select a node, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Reddit", "ogbn-arxiv"])
+def test_a_missing_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for module in ("torch_geometric", "torch_geometric.datasets", "ogb", "ogb.nodeproppred"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["train", "--dataset", name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gas-triton: error: {name} needs torch_geometric")
+    assert error.endswith("pip install 'gas-triton[pyg]'\n")
+
+
+def test_arguments_that_do_not_parse_show_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["train"], ["trian"], ["train", "--dataset", "generated", "--epochs", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        assert "usage: gas-triton" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "(default: 0.01)" in capsys.readouterr().out
+
+
+# --- Ctrl-C
+
+
+def test_ctrl_c_writes_what_was_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+
+    @contextmanager
+    def impatient(*args: Any) -> Iterator[Any]:
+        def on_epoch(record: Any) -> None:
+            if record.epoch == 2:
+                raise KeyboardInterrupt
+
+        yield on_epoch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "progress", impatient)
+        assert cli.main([*TRAIN, "--epochs", "50", "--json", str(path)]) == 130
+    written = json.loads(path.read_text())
+    assert written["interrupted"] is True
+    assert written["best_epoch"] in (1, 2)
+    assert 0 <= written["test_acc"] <= 1
+    assert "interrupted after 2 epochs: test" in capsys.readouterr().out
+
+    def stop(args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_load", stop)
+        assert cli.main([*TRAIN, "--json", str(path)]) == 130
+        assert "interrupted after 0 epochs, before the first evaluation" in capsys.readouterr().out
+        assert cli.main(["partition", *GENERATED]) == 130
+        assert capsys.readouterr().err == "gas-triton: interrupted\n"
+    written = json.loads(path.read_text())
+    assert (written["interrupted"], written["test_acc"], written["num_parameters"]) == (True, None, None)
+    assert written["config"]["hidden"] == 8
+
+
+def test_a_real_ctrl_c_ends_the_program(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-m", "gas_triton.cli", *TRAIN, "--epochs", "1000000", "--json", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert program.stderr is not None
+    watchdog = threading.Timer(60, program.kill)
+    watchdog.start()
+    try:
+        shown = b""
+        # the bar is not drawn at every epoch
+        while not re.search(rb" [1-9]\d*/1000000", shown):
+            read = os.read(program.stderr.fileno(), 4096)
+            assert read, shown.decode()
+            shown += read
+        program.send_signal(signal.SIGINT)
+        out, rest = program.communicate()
+    finally:
+        watchdog.cancel()
+        program.kill()
+    assert program.returncode == 130
+    assert b"Traceback" not in shown + rest
+    assert re.search(rb"interrupted after \d+ epochs: test 0\.\d+", out)
+    assert json.loads(path.read_text())["interrupted"] is True
+
+
+# --- partition
+
+
+def test_partition_compares_metis_and_random(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["partition", *GENERATED, "--num-parts", "4", "10", "--batch-size", "2"]) == 0
+    _, header, *rows, note = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "parts"
+    cells = [row.split() for row in rows]
+    assert [row[:2] for row in cells] == [["4", "METIS"], ["4", "random"], ["10", "METIS"], ["10", "random"]]
+    for metis, random in (cells[:2], cells[2:]):
+        assert float(metis[2].rstrip("%")) < float(random[2].rstrip("%"))
+        assert int(metis[3]) < int(random[3])
+    graph = gas_triton.Graph.from_edge_index(generate(600, 6000).edge_index, num_nodes=600)
+    stats = gas_triton.metis(graph, 10).stats(2)
+    expected = [f"{stats.edge_cut:.1%}", f"{stats.halo_rows:.0f}", f"{stats.halo_ratio:.2f}"]
+    assert cells[2][2:7] == [*expected, f"{stats.inter_intra_ratio:.2f}", f"{stats.balance:.2f}"]
+    assert "Clusters of a batch: 2" in note
+    assert cli.main(["partition", *GENERATED, "--num-parts", "700"]) == 2
+    assert "num_parts must be from 1 to the number of nodes (600), got 700" in capsys.readouterr().err
+
+
+# --- doctor
+
+
+def test_doctor_finds_this_machine_usable(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+    write_npz(tmp_path / "mine.npz")
+    monkeypatch.setenv("GAS_TRITON_DATA", str(tmp_path))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"gas_triton {gas_triton.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}" in out
+    assert re.search(r"^CPU .*1 threads: ok$", out, re.MULTILINE)
+    assert re.search(r"^CUDA .*(no GPU|compute capability \d+\.\d)", out, re.MULTILINE)
+    assert re.search(r"^METIS .*pymetis \d.*: ok$", out, re.MULTILINE)
+    assert f"{tmp_path} (GAS_TRITON_DATA): mine" in out
+    assert "This machine can train." in out
+    if sys.platform == "linux":
+        assert re.search(r"^Triton +\d.*in the interpreter \(TRITON_INTERPRET=1\): ok$", out, re.MULTILINE)
+
+
+def test_doctor_says_how_to_get_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_triton", lambda version: "not asked")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in doctor.OPTIONAL else object())
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name, extra in (("torch_geometric", "pyg"), ("ogb", "pyg"), ("torch_sparse", "sparse"), ("matplotlib", "plot")):
+        assert re.search(rf"optional {name} missing, pip install 'gas-triton\[{extra}\]'", out)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "pymetis" else object())
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "missing  pymetis, which is required: pip install gas-triton" in out
+    assert "This machine cannot train" in out
+
+
+def test_doctor_notices_wrong_numbers_and_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_triton", lambda version: "not asked")
+    right = gas_triton.functional.aggregate
+    with monkeypatch.context() as patch:
+        patch.setattr(gas_triton.functional, "aggregate", lambda *args, **kwargs: right(*args, **kwargs) + 0.5)
+        assert doctor.aggregate_error("cpu") == pytest.approx(0.5, abs=1e-4)
+        assert cli.main(["doctor"]) == 1
+    assert "threads: failed: wrong by 0.5" in capsys.readouterr().out
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError("libmetis.so: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "metis", broken)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "threads: ok" in out
+    assert "failed: OSError: libmetis.so: cannot open shared object file" in out
+
+
+@pytest.mark.gpu
+def test_doctor_checks_every_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_triton", lambda version: "not asked")
+    assert cli.main(["doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CUDA")]
+    assert len(lines) == torch.cuda.device_count()
+    assert all(line.endswith(": ok") for line in lines)
