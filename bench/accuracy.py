@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,6 @@ def preset(name: str, way: str, seed: int, epochs: int = 200) -> TrainConfig:
 
 def run(dataset: Dataset, config: TrainConfig) -> dict[str, Any] | None:
     """Trains once; None if Ctrl-C ended it."""
-    start = time.perf_counter()
     result = train(dataset, config)
     if result.interrupted or result.test_acc is None or result.val_acc is None:
         return None
@@ -68,7 +66,6 @@ def run(dataset: Dataset, config: TrainConfig) -> dict[str, Any] | None:
         "test_acc": round(result.test_acc, 6),
         "val_acc": round(result.val_acc, 6),
         "best_epoch": result.best_epoch,
-        "seconds": round(time.perf_counter() - start, 1),
     }
 
 

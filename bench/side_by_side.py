@@ -82,9 +82,10 @@ def report(title: str, seconds: Mapping[str, list[float]], base: str, targets: l
 
 def machine() -> str:
     """The machine and the versions that a number belongs to; says so if something else keeps the machine busy."""
+    threads = torch.get_num_threads()
     line = (
-        f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
+        f"{_cpu_model()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:

@@ -16,6 +16,8 @@ from gas_triton.kernels.aggregate import HUB_EDGES
 from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.transpose import transpose
 
+Ranges = Sequence[tuple[int, int]]
+
 
 class Batch:
     """One step's rows, their edges in two blocks, and the node tensors of its rows.
@@ -40,6 +42,25 @@ class Batch:
 
     Every node tensor given to the loader is an attribute, sliced to the B rows; `x` has B + H rows.
     """
+
+    num_nodes: int
+    num_halo: int
+    num_edges: int
+    graph_nodes: int
+    node_ids: Tensor
+    halo_ids: Tensor
+    inner: Csr
+    outer: Csr
+    outer_slot: Tensor
+    edge_weight: Tensor | None
+    clusters: list[int]
+    spans: Tensor
+    row_order: str
+    normalization: str | None
+    self_loop_weight: float | None
+    symmetric: bool
+    hub_edges: int
+    hubs: list[Tensor]
 
     def __init__(
         self,
@@ -234,10 +255,16 @@ class Planner:
             hub_edges=self.hub_edges,
         )  # fmt: skip
 
-    def plan(
-        self, clusters: Sequence[int], spans: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]
-    ) -> Batch:
+    def plan(self, clusters: Sequence[int], spans: Ranges, edges: Ranges) -> Batch:
         """The batch of the rows in `spans`, whose edges lie in `edges`, ranges of the graph's `col`."""
+        try:
+            return self._plan(clusters, spans, edges)
+        except BaseException:
+            # Ctrl-C or no memory: the next plan must find a clean map
+            self._local.fill_(-1)
+            raise
+
+    def _plan(self, clusters: Sequence[int], spans: Ranges, edges: Ranges) -> Batch:
         graph = self.graph
         device, index = graph.device, graph.col.dtype
         node_ids = torch.cat([torch.arange(first, last, device=device) for first, last in spans])
@@ -277,7 +304,7 @@ class Planner:
             edge_weight=weight, edge_ids=edge_ids, hub_edges=self.hub_edges,
         )  # fmt: skip
 
-    def _rowptr(self, spans: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int]]) -> Tensor:
+    def _rowptr(self, spans: Ranges, edges: Ranges) -> Tensor:
         parts, before = [self.graph.rowptr.new_zeros(1)], 0
         for (first, last), (first_edge, last_edge) in zip(spans, edges, strict=True):
             parts.append(self.graph.rowptr[first + 1 : last + 1] + (before - first_edge))

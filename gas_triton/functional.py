@@ -90,6 +90,7 @@ def aggregate(
     if edge_weight is not None and edge_weight is not batch.edge_weight:
         _check_edge_weight(edge_weight, batch)
 
+    is_graph_weight = edge_weight is None or edge_weight is batch.edge_weight
     inner_col = batch.inner_graph_col if isinstance(x, Features) else inner.col
     outer: list[Tensor] = []
     if has_halo:
@@ -109,7 +110,6 @@ def aggregate(
         if has_halo and table is None:
             csr, hubs_transposed = batch.transposed_joint()
         else:
-            is_graph_weight = edge_weight is None or edge_weight is batch.edge_weight
             shared = batch.symmetric and is_graph_weight and reduce in ("sum", "mean")
             csr, hubs_transposed = batch.transposed_inner(shared)
         transposed, edge_id = [csr.rowptr, csr.col], csr.edge_id

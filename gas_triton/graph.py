@@ -302,9 +302,13 @@ class Graph:
         graph = Graph.from_edge_index(rank[self.edge_index()], self.weight, self.num_nodes)
         graph._symmetric, graph.normalization = self._symmetric, self.normalization
         graph.self_loop_weight = self.self_loop_weight
-        digest = hashlib.sha256(self.row_order.encode() + perm.cpu().numpy().tobytes())
-        graph.row_order = f"permuted-{digest.hexdigest()[:16]}"
+        graph.row_order = self.permuted_order(perm)
         return graph
+
+    def permuted_order(self, perm: Tensor) -> str:
+        """The `row_order` that `permute(perm)` gives."""
+        digest = hashlib.sha256(self.row_order.encode() + perm.cpu().numpy().tobytes())
+        return f"permuted-{digest.hexdigest()[:16]}"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Graph:
         """The graph on another device (itself, if it is there already)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,6 +92,9 @@ class _Sweep:
         if self._batch >= 0 and known == self._known:
             raise RuntimeError("model does not call the same layers for every batch, so some rows never become known")
         self._batch, self._known = -1, known
+        computed = Counter(place for _, place in self._computed)
+        for place in [place for place in self.inputs if computed[place] == self.num_batches]:
+            del self.inputs[place]
 
     def begin_batch(self) -> None:
         self._batch, self._place = self._batch + 1, 0

@@ -28,7 +28,8 @@ class ClusterLoader:
         **node_tensors: tensors [N, ...] (`y`, `train_mask`, ...); batches give the in-batch rows under the same name.
 
     Raises:
-        ValueError: a tensor without N rows, a boolean mask that is not [N], or a `batch_size` below 1.
+        ValueError: a tensor without N rows or named like an attribute of `Batch`, a mask that is not [N], a graph that
+            `parts` did not permute, or a `batch_size` below 1.
 
     The `epoch` attribute counts the epochs begun; set it to repeat one.
     """
@@ -47,13 +48,20 @@ class ClusterLoader:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
         if parts.perm.numel() != graph.num_nodes:
             raise ValueError(f"parts has {parts.perm.numel()} nodes but graph has {graph.num_nodes}")
+        if graph.row_order != parts.graph.permuted_order(parts.perm) and not parts.is_contiguous:
+            raise ValueError("graph is not in the order of parts: graph, x, ... = parts.permute(graph, x, ...)")
         tensors = {name: tensor for name, tensor in node_tensors.items() if tensor is not None}
         for name, tensor in {"x": x, **tensors}.items():
             if tensor is not None:
                 _check_node_tensor(name, tensor, graph.num_nodes)
+        taken = [name for name in tensors if name in dir(Batch) or name in Batch.__annotations__]
+        if taken:
+            raise ValueError(f"node tensors cannot be named {', '.join(taken)}: a batch has attributes of that name")
         self.graph, self.parts = graph, parts
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
         self.x, self.node_tensors = x, tensors
+        # found by sorting all edges, once: not in the first step
+        _ = graph.is_symmetric
         self._planner = Planner(graph)
         self._ptr = parts.ptr.tolist()
         self._edge_ptr = graph.rowptr[parts.ptr.to(graph.device)].tolist()

@@ -58,6 +58,12 @@ class Partition:
     def num_parts(self) -> int:
         return self.ptr.numel() - 1
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether clusters are ranges of node ids before `permute`, too."""
+        cluster = torch.repeat_interleave(torch.arange(self.num_parts), self.ptr.diff())
+        return torch.equal(torch.bucketize(self.perm, self.ptr[1:], right=True), cluster)
+
     def permute(self, graph: Graph, *tensors: Tensor | None) -> Any:
         """Reorders a graph and node tensors so that clusters are contiguous.
 

@@ -348,7 +348,6 @@ def _make_loader(
     graph, x, y, train_mask, val_mask, test_mask = parts.permute(
         graph, dataset.x, dataset.y, dataset.train_mask, dataset.val_mask, dataset.test_mask
     )
-    _ = graph.is_symmetric  # found once and remembered: it sorts all edges, and must not do so within a step
     if config.model in _NORMALIZED:
         graph = graph.add_self_loops().gcn_norm()
     is_trained = train_mask if y.dim() == 1 else train_mask[:, None]

@@ -40,6 +40,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # the tensors here are tiny: more threads only wait for each other
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def data_root(pytestconfig: pytest.Config) -> Path:
     """The folder with the real graphs. One that was named but lacks them is an error, not a skip."""

@@ -124,6 +124,15 @@ def test_dropped_halo_leaves_the_induced_subgraph(reduce):
     )
 
 
+def test_gradients_with_the_halo_dropped():
+    batch = make_batch(symmetric=True)
+    x = torch.randn(batch.num_nodes, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(batch.num_edges, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w: functional.aggregate(x, batch, edge_weight=w, halo="drop"), (x, weight)
+    )
+
+
 def test_one_dropout_mask_however_the_halo_is_read():
     batch = make_batch(num_features=16)
     dropped = functional.dropout(batch.x, batch, 0.4, SEED)

@@ -375,3 +375,32 @@ def test_repr_says_what_is_in_a_batch() -> None:
     sizes = f"num_nodes=6, num_halo={batch.num_halo}, num_edges={batch.num_edges}"
     assert repr(batch) == f"Batch({sizes}, clusters=2, device=cpu)"
     assert repr(make_loader(batch_size=4)).startswith("ClusterLoader(num_batches=2, batch_size=4, num_parts=6")
+
+
+def test_an_interrupted_plan_leaves_a_clean_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make_loader()
+    expected = loader.batch([1, 2])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader._planner, "_halo", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loader.batch([0, 3])
+    again = loader.batch([1, 2])
+    for a, b in zip((*expected.inner, *expected.outer), (*again.inner, *again.outer), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_graph_that_was_not_permuted_is_refused() -> None:
+    graph, parts = partitioned(GRAPHS["weighted_directed"], 3)
+    with pytest.raises(ValueError, match="graph is not in the order of parts"):
+        ClusterLoader(parts.graph, parts)
+    assert len(ClusterLoader(graph, parts)) == 3
+
+
+@pytest.mark.parametrize("name", ["clusters", "hubs", "features", "to"])
+def test_a_node_tensor_cannot_hide_an_attribute(name: str) -> None:
+    with pytest.raises(ValueError, match=f"node tensors cannot be named {name}"):
+        make_loader(**{name: torch.zeros(30)})

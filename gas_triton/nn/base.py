@@ -74,6 +74,8 @@ class Source:
 class HistoryLayer(nn.Module, ReadsHistory):
     """Base of the layers that can read their halo rows from a history.
 
+    A layer is called once in a forward: a second call would push its rows over those of the first.
+
     Args:
         input_dropout: drops features of in-batch and halo rows alike, after in-batch rows are pushed: a history holds
             rows as they were before dropout. `F.dropout` in front of a layer would store dropped rows.
