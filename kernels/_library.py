@@ -37,7 +37,9 @@ def define(
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = op(*inputs)
+        # straight to the device's implementation: the gradient registered for traced models is not wanted here
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
