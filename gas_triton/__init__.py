@@ -2,6 +2,7 @@
 
 from gas_triton import datasets, functional, models, nn
 from gas_triton.batch import Batch
+from gas_triton.errors import MissingPackageError
 from gas_triton.functional import Features
 from gas_triton.graph import Graph
 from gas_triton.history import Histories, HistoryStore, attach_histories
@@ -18,6 +19,7 @@ __all__ = [
     "Graph",
     "Histories",
     "HistoryStore",
+    "MissingPackageError",
     "Partition",
     "attach_histories",
     "contiguous_partition",

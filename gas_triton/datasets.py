@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gas_triton.errors import MissingPackageError
 from gas_triton.generated import generate
 
 __all__ = ["Dataset", "generate", "known_names", "load", "row_normalize"]
@@ -182,7 +183,7 @@ def load(
 
     Raises:
         ValueError: the name is unknown, the split does not exist, or a file does not hold the keys above.
-        ImportError: the dataset needs torch_geometric or ogb and it is not installed.
+        MissingPackageError: the dataset needs torch_geometric or ogb and it is not installed.
         RuntimeError: torch_geometric or ogb could not download or read the dataset.
 
     Source: the splits and features of ``torch_geometric_autoscale/data.py`` in PyGAS.
@@ -298,7 +299,7 @@ def _import(module: str, name: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise ImportError(f"{name} needs {package} ({error}): pip install 'gas-triton[pyg]'") from error
+        raise MissingPackageError(f"{name} needs {package} ({error}): pip install 'gas-triton[pyg]'") from error
 
 
 def _data_root(root: str | os.PathLike[str] | None) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gas_triton.csr import Csr, Transposed, transpose_csr
+from gas_triton.errors import MissingPackageError
 from gas_triton.kernels.csr_rows import row_of_edge
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class Graph:
         try:
             from torch_sparse import SparseTensor
         except ImportError as error:
-            raise ImportError("to_torch_sparse needs torch_sparse: pip install 'gas-triton[sparse]'") from error
+            raise MissingPackageError("to_torch_sparse needs torch_sparse: pip install 'gas-triton[sparse]'") from error
         size = (self.num_nodes, self.num_nodes)
         return SparseTensor(
             rowptr=self.rowptr.long(), col=self.col.long(), value=self.weight, sparse_sizes=size, is_sorted=True

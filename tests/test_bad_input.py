@@ -107,7 +107,7 @@ def test_graph(call: Callable[[], Any], error: type[Exception], message: str) ->
 
 def test_missing_torch_sparse_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_sparse", None)
-    check(edge_list().to_torch_sparse, ImportError, r"needs torch_sparse: pip install 'gas-triton\[sparse\]'")
+    check(edge_list().to_torch_sparse, ValueError, r"needs torch_sparse: pip install 'gas-triton\[sparse\]'")
 
 
 # --- partitions and loaders ------------------------------------------------------------------------------------------

@@ -144,8 +144,9 @@ def test_dropout_mask_is_fair_and_follows_its_keys():
 
 
 @pytest.mark.parametrize("reduce", ["max", "min"])
-def test_gradient_of_an_extremum_goes_to_the_winning_edge(reduce, rows):
-    blocks = make_blocks("one_hub")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_an_extremum_goes_to_the_winning_edge(kind, reduce, rows):
+    blocks = make_blocks(kind)
     x, table = rows(blocks, 5)
     weight = torch.randn(blocks.num_edges, device=DEVICE)
     _, winner = run(blocks, x, table, weight, reduce)
@@ -163,9 +164,9 @@ def test_gradient_of_an_extremum_goes_to_the_winning_edge(reduce, rows):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("num_features", [3, 140])
-def test_edge_dot(num_features, dropout, rows):
-    blocks = make_blocks("mixed", num_rows=4)
+@pytest.mark.parametrize("kind, num_features", [*((kind, 3) for kind in KINDS), ("mixed", 140)])
+def test_edge_dot(kind, num_features, dropout, rows):
+    blocks = make_blocks(kind, num_rows=4)
     grad, table = rows(blocks, num_features, torch.float32, torch.bfloat16)
     rowptr, col = on_device(blocks.outer)
     seed = SEED if dropout else None

@@ -1,0 +1,8 @@
+"""Errors of its own that the package raises."""
+
+
+class MissingPackageError(ImportError, ValueError):
+    """An optional package is not installed; the message has the pip line that brings it.
+
+    A ValueError too, as bad input is everywhere else: what was asked for cannot be had with what is installed.
+    """
