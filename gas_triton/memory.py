@@ -62,7 +62,11 @@ def peak_bytes(device: torch.device | str) -> Iterator[Peak]:
     elif device.type == "cpu":
         if torch.autograd._profiler_enabled():
             raise RuntimeError("peak_bytes on a cpu runs torch's profiler, and one is already running in this thread")
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+            acc_events=True,  # older torch warns without it, though there is one cycle only
+        )
         with _without_log():
             profiler.start()
         try:
