@@ -201,7 +201,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch, its plan and its sliced node tensors on another device (itself, if it is there already)."""
-        if torch.device(device) == self.device:
+        # "cuda" names the current one of several
+        if torch.empty(0, device=device).device == self.device:
             return self
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 

@@ -68,7 +68,8 @@ def aggregate(
         batch: the plan of the step.
         history: [N, F] of any floating dtype, read in place for halo neighbours; no gradient.
         reduce: "sum", "mean" (over the number of edges), "max" or "min".
-        edge_weight: [num_edges] in the batch's edge order, with gradient; `batch.edge_weight` for the graph's own.
+        edge_weight: [num_edges] in the batch's edge order, with gradient; `batch.edge_weight` for the graph's own. That
+            it is finite is not checked, which would wait for the device.
         halo: "drop" leaves halo neighbours out (Cluster-GCN, Chiang et al., KDD 2019).
         history_dropout: drops features of history rows with this probability, the same ones on every edge of a node.
         seed: int64 [1], names the dropout mask; needed with `history_dropout`.
@@ -86,6 +87,9 @@ def aggregate(
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     if halo not in ("read", "drop"):
         raise ValueError(f"halo must be 'read' or 'drop', got {halo!r}")
+    check_probability("history_dropout", history_dropout)
+    if history_dropout > 0.0 and seed is None:
+        raise ValueError(f"history_dropout={history_dropout} needs a seed, got None: see draw_seed")
     rows, table = _check_rows(x, batch, history, has_halo)
     if edge_weight is not None and edge_weight is not batch.edge_weight:
         _check_edge_weight(edge_weight, batch)

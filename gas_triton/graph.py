@@ -96,7 +96,8 @@ class Graph:
         for name, value in (("rowptr", rowptr), ("col", col)):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be a 1-D int32 or int64 tensor, got {_describe(value)}")
-        _check_nodes(rowptr.numel() - 1)
+        if rowptr.numel() < 2:
+            raise ValueError(f"rowptr must have shape [N + 1] for N >= 1 nodes, got {list(rowptr.shape)}")
         num_nodes, num_edges = rowptr.numel() - 1, col.numel()
         if col.device != rowptr.device:
             raise ValueError(f"col is on {col.device} but rowptr is on {rowptr.device}")
@@ -313,7 +314,8 @@ class Graph:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Graph:
         """The graph on another device (itself, if it is there already)."""
-        if torch.device(device) == self.device:
+        # "cuda" names the current one of several
+        if torch.empty(0, device=device).device == self.device:
             return self
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 

@@ -57,6 +57,7 @@ class ClusterLoader:
         taken = [name for name in tensors if name in dir(Batch) or name in Batch.__annotations__]
         if taken:
             raise ValueError(f"node tensors cannot be named {', '.join(taken)}: a batch has attributes of that name")
+        x = None if x is None else x.contiguous()
         self.graph, self.parts = graph, parts
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
         self.x, self.node_tensors = x, tensors
@@ -123,6 +124,8 @@ def _check_node_tensor(name: str, tensor: Tensor, num_nodes: int) -> None:
         raise TypeError(f"{name} must be a tensor with one row for each node, got {type(tensor).__name__}")
     if tensor.dim() == 0 or tensor.size(0) != num_nodes:
         raise ValueError(f"{name} must have {num_nodes} rows, one for each node, got shape {list(tensor.shape)}")
+    if name.endswith("mask") and tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor [{num_nodes}], got {tensor.dtype}")
     if name.endswith("mask") and tensor.dim() != 1:
         raise ValueError(
             f"{name} is a mask and must have shape [{num_nodes}], got {list(tensor.shape)}: pick one split"

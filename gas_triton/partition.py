@@ -216,6 +216,8 @@ def _symmetric_structure(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     key = torch.unique(key)
     row = torch.div(key, graph.num_nodes, rounding_mode="floor")
     rowptr = torch.searchsorted(row, torch.arange(graph.num_nodes + 1))
+    if rowptr[-1] >= 2**31:
+        raise ValueError(f"METIS takes at most {2**31 - 1} edges, both directions counted, got {int(rowptr[-1])}")
     # pymetis is built for int32 and would copy anything else
     return rowptr.numpy().astype(np.int32), (key - row * graph.num_nodes).numpy().astype(np.int32)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("gas_triton", "DEF")
 
@@ -43,6 +44,7 @@ def define(
         setup_context(ctx, inputs, output)
         return output
 
+    @once_differentiable
     def flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         # `autograd.Function` wants one gradient for a list argument, `register_autograd` a list of them
         return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))

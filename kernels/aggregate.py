@@ -250,6 +250,8 @@ def _launch(
     if out.numel() == 0:
         return out, arg
     x = x if x.stride(1) == 1 else x.contiguous()
+    table = table if table is None or table.stride(1) == 1 else table.contiguous()
+    weight = None if weight is None else weight.contiguous()
     has_outer = len(outer) > 0
     source = x if table is None else table
     block_f, rows = tile(num_features, min(x.element_size(), source.element_size()))

@@ -63,7 +63,7 @@ def _rows(
     if compact:
         slot, ids = compact
     elif table.size(0) <= col.numel() and dropout == 0.0:
-        return table.to(dtype), col
+        return table.to(dtype).contiguous(), col
     else:
         ids, slot = torch.unique(col, return_inverse=True)
         slot = slot.to(col.dtype)

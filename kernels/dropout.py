@@ -88,7 +88,7 @@ def keep(key, o_feature, drop_below):
     return (_mix_bits(key + o_feature.to(tl.uint32) * 0x9E3779B9) >> 8) >= drop_below.to(tl.uint32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "drop_below"])
 def _dropout_kernel(
     p_x, p_ids, p_seed, p_out, num_rows, drop_below, scale,
     F: tl.constexpr, STRIDE_X: tl.constexpr, BLOCK_F: tl.constexpr, ROWS: tl.constexpr,

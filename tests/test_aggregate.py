@@ -162,6 +162,24 @@ def test_dropout_gradient_is_the_same_mask():
     assert torch.autograd.gradcheck(lambda x: functional.dropout(x, batch, 0.4, SEED), x)
 
 
+def test_strided_rows_tables_and_weights():
+    batch = make_batch()
+    x, table = torch.randn(5, batch.num_nodes).T, torch.randn(5, 40).T
+    weight = torch.rand(batch.num_edges, 2)[:, 0]
+    for reduce in REDUCTIONS:
+        out = functional.aggregate(x, batch, table, reduce, edge_weight=weight)
+        torch.testing.assert_close(out, aggregate_ref(x, table, weight, *as_lists(batch), reduce))
+
+
+def test_a_second_derivative_is_refused():
+    batch = make_batch()
+    x = torch.randn(batch.num_nodes, 3, requires_grad=True)
+    out = functional.aggregate(x, batch, torch.randn(40, 3))
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_same_input_same_bits():
     batch = make_batch(num_nodes=400, num_edges=8000)
     x, history = torch.randn(batch.num_nodes, 24, requires_grad=True), torch.randn(400, 24)
@@ -262,6 +280,8 @@ def test_a_model_compiles_into_one_graph(symmetric):
         (dict(reduce="median"), ValueError, "reduce must be one of sum, mean, max, min, got 'median'"),
         (dict(halo="mirror"), ValueError, "halo must be 'read' or 'drop', got 'mirror'"),
         (dict(edge_weight=torch.zeros(3)), ValueError, r"edge_weight must have shape \[\d+\], got \[3\]"),
+        (dict(history_dropout=1.5, seed=SEED), ValueError, r"history_dropout must be in \[0, 1\), got 1.5"),
+        (dict(history_dropout=0.5), ValueError, "history_dropout=0.5 needs a seed, got None"),
         (dict(edge_weight=torch.zeros(3).long()), TypeError, "edge_weight must be a floating tensor, got torch.int64"),
     ],
 )

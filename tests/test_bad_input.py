@@ -80,8 +80,8 @@ def check(call: Callable[[], Any], error: type[Exception], message: str) -> None
         (lambda: csr(ROWPTR.float()), TypeError, r"rowptr must be a 1-D .* got torch.float32 \[4\]"),
         (lambda: csr(col=PAIRS), TypeError, r"col must be a 1-D int32 or int64 tensor, got torch.int64 \[2, 3\]"),
         (lambda: csr([0], []), TypeError, "col must be a 1-D int32"),
-        (lambda: csr([0], COL[:0]), ValueError, "num_nodes must be at least 1, got 0"),
-        (lambda: csr(ROWPTR[:0], COL), ValueError, "num_nodes must be at least 1, got -1"),
+        (lambda: csr([0], COL[:0]), ValueError, r"rowptr must have shape \[N \+ 1\] .* got \[1\]"),
+        (lambda: csr(ROWPTR[:0], COL), ValueError, r"rowptr must have shape \[N \+ 1\] .* got \[0\]"),
         (lambda: csr([0, 2, 1, 3]), ValueError, r"rowptr must rise .* got 0 .. 3 with a fall"),
         (lambda: csr([1, 1, 2, 3]), ValueError, r"rowptr must rise from 0 .* got 1 .. 3"),
         (lambda: csr([0, 1, 2, 4]), ValueError, r"rowptr must rise from 0 .* got 0 .. 4"),
@@ -353,7 +353,8 @@ def test_aggregate(options: dict[str, Any], error: type[Exception], message: str
         ({"layers": ["convs.1", "head"]}, ValueError, r"layers must be among \['convs.0', .*\], got \['head'\]"),
         ({"dtype": torch.int32}, TypeError, "convs.1: dtype must be float32, .* got torch.int32"),
         ({"num_nodes": 30.0}, TypeError, "num_nodes must be an int, got float"),
-        ({"num_nodes": 0}, ValueError, r"convs.1: a history needs at least one row and one feature, got \[0, 8\]"),
+        ({"num_nodes": 0}, ValueError, "num_nodes must be at least 1, got 0"),
+        ({"layers": "1"}, TypeError, "layers must be a list of names, got the str '1'"),
         ({"model": nn.Linear(3, 3)}, ValueError, "model has no gas_triton.nn layer, got Linear"),
     ],
 )  # fmt: skip
@@ -378,3 +379,34 @@ def test_push(x: Tensor, error: type[Exception], message: str) -> None:
     check(lambda: store.push(x, make_loader().batch([0, 5])), error, message)
     assert not store.table.any()
     assert (int(store.clock), store.row_order) == (0, None)
+
+
+def test_a_layer_says_what_it_cannot_take() -> None:
+    loader = make_loader(x=torch.randn(30, 4))
+    batch = loader.batch([0])
+    check(lambda: SAGEConv(4, 2)(batch.x, torch.zeros(2, 3).long()), TypeError, "batch must be a Batch .* got Tensor")
+    check(lambda: SAGEConv(4, 2).to("meta")(batch.x, batch), ValueError, "x is on cpu but .* parameters are on meta")
+    perceptron = torch.nn.Sequential(torch.nn.Linear(5, 2))
+    check(lambda: GINConv(perceptron)(batch.x, batch), ValueError, r"x must have shape \[rows, 5\] for GINConv")
+
+
+def test_a_mask_of_numbers_is_refused() -> None:
+    check(lambda: make_loader(train_mask=torch.ones(30).long()), TypeError, "train_mask must be a bool .* torch.int64")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"table": [1]}, TypeError, "the state's table is a list"),
+        ({"last_push": None}, TypeError, "the state's last_push is a NoneType"),
+        ({"clock": "a"}, TypeError, "the state's clock is a str"),
+        ({"row_order": "permuted-0"}, ValueError, "order permuted-0 but the graph has given-30"),
+    ],
+)
+def test_a_damaged_checkpoint_writes_nothing(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    graph = make_graph()
+    model = torch.nn.Sequential(SAGEConv(4, 4), SAGEConv(4, 2))
+    histories = attach_histories(model, 30)
+    state = {"1": {**histories["1"].state_dict(), "table": torch.ones(30, 4), **change}}
+    check(lambda: histories.load_state_dict(state, graph), error, message)
+    assert not histories["1"].table.any()

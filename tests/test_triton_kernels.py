@@ -111,6 +111,15 @@ def test_rows_of_a_wider_tensor_are_read_in_place(rows):
     assert_as_exact(out, x[:, :5], table[:, 4:9], None, blocks)
 
 
+def test_strided_features_and_weights_are_not_misread(rows):
+    blocks = make_blocks("mixed")
+    x, table = rows(blocks, 4)
+    strided = table.T.contiguous().T
+    weight = torch.rand(blocks.num_edges, 2, device=DEVICE)[:, 0]
+    out, _ = run(blocks, x.T.contiguous().T, strided, weight)
+    assert_as_exact(out, x, table, weight, blocks)
+
+
 def test_dropout_of_table_rows_equals_the_mask_of_the_reference(rows):
     blocks = make_blocks("mixed")
     x, table = rows(blocks, 9)

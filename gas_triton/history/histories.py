@@ -84,8 +84,13 @@ class Histories(Mapping[str, HistoryStore]):
         """States of all histories; tensors are not copied."""
         return {name: store.state_dict() for name, store in self.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], graph: Graph | None = None) -> None:
         """Restores what `state_dict` gave.
+
+        Args:
+            state: from `state_dict`.
+            graph: the graph that will be trained on, whose row order the state must have. Without it, histories that
+                have not been pushed to cannot tell, and refuse a wrong order at the first push or read.
 
         Raises:
             ValueError: other layers, or a history of another shape, dtype or row order; nothing is written then.
@@ -94,6 +99,12 @@ class Histories(Mapping[str, HistoryStore]):
             raise ValueError(f"the state has histories of {list(state)} but the model of {list(self)}")
         for name, store in self.items():
             store.check_state(state[name])
+            order = state[name]["row_order"]
+            if graph is not None and order not in (None, graph.row_order):
+                raise ValueError(
+                    f"{name}: the state holds rows in the order {order} but the graph has {graph.row_order}: rows "
+                    "would be given to the wrong nodes"
+                )
         for name, store in self.items():
             store.load_state_dict(state[name])
 
@@ -132,6 +143,10 @@ def attach_histories(
         raise ValueError(f"tier must be one of {', '.join(map(repr, TIERS))}, got {tier!r}")
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool):
         raise TypeError(f"num_nodes must be an int, got {type(num_nodes).__name__}")
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes must be at least 1, got {num_nodes}")
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a list of names, got the str {layers!r}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, ReadsHistory)}
     if not found:
         raise ValueError(f"model has no gas_triton.nn layer, got {type(model).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,9 +139,14 @@ class HistoryStore:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError if `state` does not fit this history; changes nothing."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{self.name}: state must be a mapping, got {type(state).__name__}")
         missing = {"table", "last_push", "clock", "row_order"} - state.keys()
         if missing:
             raise ValueError(f"{self.name}: the state lacks {', '.join(sorted(missing))}")
+        for key, kind in (("table", Tensor), ("last_push", Tensor), ("clock", int), ("row_order", str | None)):
+            if not isinstance(state[key], kind):
+                raise TypeError(f"{self.name}: the state's {key} is a {type(state[key]).__name__}")
         table = state["table"]
         if table.shape != self.table.shape or table.dtype != self.table.dtype:
             raise ValueError(

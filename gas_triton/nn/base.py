@@ -120,6 +120,8 @@ class HistoryLayer(nn.Module, ReadsHistory):
 
     def _check(self, x: Any, batch: Batch) -> None:
         # before anything is pushed
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch of a ClusterLoader, got {type(batch).__name__}")
         name, rows = type(self).__name__, x.table if isinstance(x, Features) else x
         width: int | None = getattr(self, "in_channels", None)
         if not isinstance(rows, Tensor) or rows.dtype not in functional.FLOATS:
@@ -130,6 +132,8 @@ class HistoryLayer(nn.Module, ReadsHistory):
         if rows.device != batch.device:
             raise ValueError(f"x is on {rows.device} but the batch is on {batch.device}: move one with .to()")
         parameter = next(self.parameters(), None)
+        if parameter is not None and parameter.device != rows.device:
+            raise ValueError(f"x is on {rows.device} but {name}'s parameters are on {parameter.device}")
         if parameter is None or parameter.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
             return
         raise TypeError(

@@ -40,6 +40,8 @@ class GINConv(HistoryLayer):
         super().__init__(input_dropout, halo)
         self.nn = nn
         self.initial_eps = eps
+        if in_channels is None:
+            in_channels = next((m.in_features for m in nn.modules() if isinstance(m, torch.nn.Linear)), None)
         self.in_channels = None if in_channels is None else check_channels("in_channels", in_channels)
         if train_eps:
             self.eps = torch.nn.Parameter(torch.tensor([float(eps)]))
@@ -48,12 +50,9 @@ class GINConv(HistoryLayer):
 
     @property
     def history_dim(self) -> int:
-        if self.in_channels is not None:
-            return self.in_channels
-        for module in self.nn.modules():
-            if isinstance(module, nn.Linear):
-                return module.in_features
-        raise ValueError("GINConv cannot tell how wide its history must be: give in_channels=")
+        if self.in_channels is None:
+            raise ValueError("GINConv cannot tell how wide its history must be: give in_channels=")
+        return self.in_channels
 
     def reset_parameters(self) -> None:
         """New parameters for `nn`, and eps back to its first value."""
