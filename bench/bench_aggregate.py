@@ -10,7 +10,6 @@ transposes are made beforehand for all of them.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import pygas
-from bench.side_by_side import Target, interleave, machine, report
+from bench.side_by_side import Target, interleave, machine, parse_rounds, report
 from gas_triton import Batch, ClusterLoader, Graph, contiguous_partition, functional
 from gas_triton.kernels.aggregate import row_of_edge
 
@@ -171,9 +170,7 @@ def test_aggregate(benchmark: BenchmarkFixture, mode: str, name: str) -> None:
 
 def main() -> None:
     """Prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    arguments = parser.parse_args()
+    rounds = parse_rounds(__doc__, 30)
     print(machine())
     problem = make_problem()
     check(problem)
@@ -181,7 +178,7 @@ def main() -> None:
         print(f"without PyGAS: {reason}")
     shape = f"{problem.x.size(0)} rows, {problem.col.numel()} edges, {problem.x.size(1)} features"
     for mode in MODES:
-        seconds = interleave(cases(problem, mode), arguments.rounds)
+        seconds = interleave(cases(problem, mode), rounds)
         print(report(f"\naggregate, {mode}: {shape}, {problem.batch.num_halo} halo rows", seconds, OURS, TARGETS[mode]))
 
 

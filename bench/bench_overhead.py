@@ -9,7 +9,6 @@ negligible, so that argument checks, the dispatcher and autograd show.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.side_by_side import interleave, machine, report
+from bench.side_by_side import interleave, machine, parse_rounds, report
 from gas_triton import Batch, ClusterLoader, Graph, contiguous_partition, functional
 
 RAW = "embedding_bag kernels"
@@ -114,14 +113,12 @@ def test_overhead(benchmark: BenchmarkFixture, name: str, which: str) -> None:
 
 def main() -> None:
     """Prints the overheads."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
+    rounds = parse_rounds(__doc__, 20)
     print(machine())
     problem = make_problem()
     check(problem)
     for name, pair in pairs(problem).items():
-        seconds = interleave(pair, arguments.rounds, calls=CALLS_A_ROUND)
+        seconds = interleave(pair, rounds, calls=CALLS_A_ROUND)
         rows, edges = problem.batch.num_nodes, problem.batch.num_edges
         print(report(f"\n{name}: {rows} rows, {edges} edges, {problem.x.size(1)} features", seconds, RAW))
         over = 1e6 * statistics.median(a - b for a, b in zip(seconds[name], seconds[RAW], strict=True))

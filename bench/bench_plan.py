@@ -9,7 +9,6 @@ what the model's layers make of it on first use; the step is forward, backward a
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import math
@@ -22,7 +21,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.bench_epoch import HIDDEN, NUM_LAYERS, Problem, Training, make_problem
-from bench.side_by_side import Target, interleave, machine, report
+from bench.side_by_side import Target, interleave, machine, parse_rounds, report
 from gas_triton import Batch, ClusterLoader
 
 PLAN, STEP = "plan", "training step"
@@ -121,14 +120,12 @@ def test_growth(benchmark: BenchmarkFixture, multiple: int) -> None:
 
 def main() -> None:
     """Prints the share and the exponent."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
+    rounds = parse_rounds(__doc__, 20)
     print(machine())
     problem = make_problem()
     planning = Planning(problem)
     check(planning)
-    seconds = interleave({PLAN: planning.plan, STEP: planning.step}, arguments.rounds)
+    seconds = interleave({PLAN: planning.plan, STEP: planning.step}, rounds)
     title = (
         f"\n{NUM_LAYERS}-layer GCN, {HIDDEN} wide, {problem.batch_size} of {problem.parts.num_parts} METIS clusters of "
         f"{problem.graph.num_nodes} nodes and {problem.graph.num_edges} edges"
@@ -138,7 +135,7 @@ def main() -> None:
     plans = planners(problem)
     edges: dict[int, list[int]] = {m: [] for m in plans}
     noting = {f"{m}x": functools.partial(lambda m, plan: edges[m].append(plan().num_edges), m, plans[m]) for m in plans}
-    seconds = interleave(noting, arguments.rounds)
+    seconds = interleave(noting, rounds)
     print(report(f"\nplan of {problem.batch_size} clusters and multiples of it", seconds, "1x"))
     means = [statistics.mean(values) for values in edges.values()]
     print("  mean edges: " + ", ".join(f"{m}x {mean:.0f}" for m, mean in zip(plans, means, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import platform
@@ -9,9 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from gas_triton.doctor import device_name
 
 Functions = Mapping[str, Callable[[], object]]
 
@@ -80,26 +82,24 @@ def report(title: str, seconds: Mapping[str, list[float]], base: str, targets: l
     return "\n".join(lines)
 
 
+def parse_rounds(description: str | None, default: int) -> int:
+    """How many rounds the command line asks for, with the module's text as its help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=default)
+    return parser.parse_args().rounds
+
+
 def machine() -> str:
     """The machine and the versions that a number belongs to; says so if something else keeps the machine busy."""
     threads = torch.get_num_threads()
     line = (
-        f"{_cpu_model()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
+        f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
         line += f"\nwarning: the machine was busy (load {load:.1f}), so the times below are noisy"
     return line
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _duration(seconds: float) -> str:
