@@ -142,8 +142,9 @@ def interpreted_error() -> float:
     def aggregate(x: Tensor, batch: Batch, history: Tensor) -> Tensor:
         inner, outer = list(batch.inner), list(batch.outer)
         return aggregate_triton(
-            x, history, batch.edge_weight, inner, outer, [], None, batch.hubs, [], "sum", 0.0, None, batch.hub_edges
-        )[0]
+            x, history, None, batch.edge_weight, inner, outer, [], None, batch.hubs, [], "sum", 0.0, None,
+            batch.hub_edges, False,
+        )[0]  # fmt: skip
 
     return aggregate_error("cpu", aggregate)
 

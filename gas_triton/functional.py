@@ -11,6 +11,8 @@ from torch import Tensor
 from gas_triton.kernels.aggregate import REDUCTIONS
 from gas_triton.kernels.aggregate import aggregate as aggregate_op
 from gas_triton.kernels.dropout import dropout as dropout_op
+from gas_triton.kernels.pull import pull as pull_op
+from gas_triton.kernels.pull import widen
 
 if TYPE_CHECKING:
     from gas_triton.batch import Batch
@@ -46,10 +48,23 @@ class Features:
         return self.table.size(1)
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """Rows stored in 8 bits; row r is `scale[r] * rows[r]`.
+
+    Attributes:
+        rows: int8 [R, F].
+        scale: float32 [R].
+    """
+
+    rows: Tensor
+    scale: Tensor
+
+
 def aggregate(
     x: Tensor | Features,
     batch: Batch,
-    history: Tensor | None = None,
+    history: Tensor | Quantized | None = None,
     reduce: Reduce = "sum",
     *,
     edge_weight: Tensor | None = None,
@@ -66,7 +81,8 @@ def aggregate(
         x: [B + H, F] (in-batch rows, then halo rows, gradient to all), or [B, F] with `history`, or `batch.features`;
             float32, float16, bfloat16 or float64; the sum is accumulated in float32 (float64 for float64).
         batch: the plan of the step.
-        history: [N, F] of any floating dtype, read in place for halo neighbours; no gradient.
+        history: halo rows of any floating dtype or `Quantized`, no gradient: the table [N, F], read in place, or
+            staged rows [H, F], row k being that of `batch.halo_ids[k]`.
         reduce: "sum", "mean" (over the number of edges), "max" or "min".
         edge_weight: [num_edges] in the batch's edge order, with gradient; `batch.edge_weight` for the graph's own. That
             it is finite is not checked, which would wait for the device.
@@ -90,7 +106,8 @@ def aggregate(
     check_probability("history_dropout", history_dropout)
     if history_dropout > 0.0 and seed is None:
         raise ValueError(f"history_dropout={history_dropout} needs a seed, got None: see draw_seed")
-    rows, table = _check_rows(x, batch, history, has_halo)
+    rows, source = _check_rows(x, batch, history, has_halo)
+    table, scale, staged = source
     if edge_weight is not None and edge_weight is not batch.edge_weight:
         _check_edge_weight(edge_weight, batch)
 
@@ -118,8 +135,8 @@ def aggregate(
             csr, hubs_transposed = batch.transposed_inner(shared)
         transposed, edge_id = [csr.rowptr, csr.col], csr.edge_id
     return aggregate_op(
-        rows, table, edge_weight, [inner.rowptr, inner_col], outer, transposed, edge_id, batch.hubs, hubs_transposed,
-        reduce, history_dropout if table is not None else 0.0, seed, batch.hub_edges,
+        rows, table, scale, edge_weight, [inner.rowptr, inner_col], outer, transposed, edge_id, batch.hubs,
+        hubs_transposed, reduce, history_dropout if table is not None else 0.0, seed, batch.hub_edges, staged,
     )[0]  # fmt: skip
 
 
@@ -144,10 +161,23 @@ def dropout(x: Tensor, batch: Batch, p: float, seed: Tensor) -> Tensor:
 
 
 def halo_rows(
-    table: Tensor, batch: Batch, dtype: torch.dtype, history_dropout: float = 0.0, seed: Tensor | None = None
+    history: Tensor | Quantized,
+    batch: Batch,
+    dtype: torch.dtype,
+    history_dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """The batch's halo rows of a history, copied, [H, F]; for layers that transform rows before they aggregate."""
-    rows = table.index_select(0, batch.halo_ids).to(dtype)
+    """The batch's halo rows of a history, [H, F]; for layers that transform rows before they aggregate.
+
+    Args:
+        history: the table [N, F] or staged rows [H, F], as for `aggregate`; staged rows of `dtype` are not copied.
+        batch: the plan of the step.
+        dtype: floating dtype of the result.
+        history_dropout: drops features of the rows with this probability.
+        seed: int64 [1], names the dropout mask.
+    """
+    table, scale, staged = _check_history(history, batch)
+    rows = widen(table, scale, dtype) if staged else pull_op(table, scale, batch.halo_ids, dtype)
     if history_dropout > 0.0 and seed is not None and batch.num_halo > 0:
         rows = dropout_op(rows, batch.halo_ids, history_dropout, seed)
     return rows
@@ -163,12 +193,17 @@ def check_probability(name: str, p: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 
+# the rows that outer columns read (None: those of `x`), their scale if they are int8, and whether they are staged
+_Source = tuple[Tensor | None, Tensor | None, bool]
+_NO_SOURCE: _Source = (None, None, False)
+
+
 def _check_rows(
-    x: Tensor | Features, batch: Batch, history: Tensor | None, has_halo: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(the rows that inner columns read, the table that outer columns read or None where that is the same tensor)."""
+    x: Tensor | Features, batch: Batch, history: Tensor | Quantized | None, has_halo: bool
+) -> tuple[Tensor, _Source]:
+    """(the rows that inner columns read, what outer columns read)."""
     if isinstance(x, Features):
-        return x.table.detach(), None
+        return x.table.detach(), _NO_SOURCE
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"x must be a floating tensor or batch.features, got {_describe(x)}")
     if x.dim() != 2:
@@ -177,26 +212,47 @@ def _check_rows(
         raise ValueError(f"x is on {x.device} but the batch is on {batch.device}: move one with .to()")
     if x.size(0) == batch.num_nodes + batch.num_halo:
         # without the halo, nothing outside the in-batch rows is read
-        return (x if has_halo else x[: batch.num_nodes]), None
+        return (x if has_halo else x[: batch.num_nodes]), _NO_SOURCE
     if x.size(0) != batch.num_nodes:
         raise ValueError(_row_count(x, batch))
     if not has_halo:
-        return x, None
+        return x, _NO_SOURCE
     if history is None:
         raise ValueError(
             f"x has only the {batch.num_nodes} in-batch rows and no history holds the {batch.num_halo} halo rows: "
             "give batch.x or batch.features to the first layer, attach_histories(model, num_nodes) for the others, "
             "or halo='drop' to leave the halo out"
         )
-    if not isinstance(history, Tensor) or history.dtype not in FLOATS:
-        raise TypeError(f"history must be a floating tensor [N, features], got {_describe(history)}")
-    if history.dim() != 2 or history.size(0) != batch.graph_nodes:
-        raise ValueError(f"history must have {batch.graph_nodes} rows, one a node, got shape {list(history.shape)}")
-    if history.size(1) != x.size(1):
-        raise ValueError(f"x has {x.size(1)} features but the history has {history.size(1)}")
-    if history.device != batch.device:
-        raise ValueError(f"history is on {history.device} but the batch is on {batch.device}")
-    return x, history
+    source = _check_history(history, batch)
+    if source[0].size(1) != x.size(1):
+        raise ValueError(f"x has {x.size(1)} features but the history has {source[0].size(1)}")
+    return x, source
+
+
+def _check_history(history: Tensor | Quantized, batch: Batch) -> tuple[Tensor, Tensor | None, bool]:
+    """(rows, their scale if they are int8, whether they are staged)."""
+    if isinstance(history, Quantized):
+        rows, scale = history.rows, history.scale
+        if rows.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != rows.shape[:1]:
+            raise TypeError(
+                f"history must have rows int8 [R, features] and scale float32 [R], got {_describe(rows)} and "
+                f"{_describe(scale)}"
+            )
+        if scale.device != rows.device:
+            raise ValueError(f"history has rows on {rows.device} but their scale on {scale.device}")
+    elif isinstance(history, Tensor) and history.dtype in FLOATS:
+        rows, scale = history, None
+    else:
+        raise TypeError(f"history must be a floating tensor [N, features] or Quantized, got {_describe(history)}")
+    # H < N, as a batch has rows of its own
+    if rows.dim() != 2 or rows.size(0) not in (batch.graph_nodes, batch.num_halo):
+        raise ValueError(
+            f"history must have {batch.graph_nodes} rows, one a node, got shape {list(rows.shape)}; staged rows of "
+            f"this batch would be {batch.num_halo}, one a halo node"
+        )
+    if rows.device != batch.device:
+        raise ValueError(f"history is on {rows.device} but the batch is on {batch.device}")
+    return rows, scale, rows.size(0) != batch.graph_nodes
 
 
 def _check_edge_weight(edge_weight: Any, batch: Batch) -> None:

@@ -3,9 +3,14 @@
     out[i] = reduce( w[e] * x[inner_col[e]]               for e in row i of `inner`,
                      w[e] * dropout(table[outer_col[e]])  for e in row i of `outer` )
 
-with reduce one of sum, mean, max, min, accumulated in float32 (float64 for float64 rows). Without a `table` the outer
-columns read `x` too. A row without edges is 0. The gradient of a sum with respect to `x` is the same sum over the
-transposed columns of `x`; no gradient flows into `table`. Nothing here uses atomics: same input, same bits.
+with reduce one of sum, mean, max, min, accumulated in float32 (float64 for float64 rows). A row without edges is 0. The
+gradient of a sum with respect to `x` is the same sum over the transposed columns of `x`; no gradient flows into
+`table`. Nothing here uses atomics: same input, same bits.
+
+Without a `table` the outer columns read `x` too. With one, `outer` is [rowptr, col, slot, halo_ids]: `col` has graph
+ids, `slot` the places of the same edges in `halo_ids`. A table [N, F] is read at `col`; a `staged` one, [H, F] in the
+order of `halo_ids`, at `slot`. Dropout hashes graph ids either way. The values of an int8 table are multiplied by the
+`scale` of their row, in float32 and before anything else.
 
 Edge weights are ordered inner edges first, outer edges second. Rows of more than `hub_edges` edges are cut into chunks
 whose partial results a second kernel combines in a fixed order.
@@ -25,6 +30,7 @@ from gas_triton.kernels.aggregate_cpu import aggregate_cpu, winners_cpu
 from gas_triton.kernels.csr_rows import degree, row_of_edge
 from gas_triton.kernels.dropout import keep, keep_mask, row_key, threshold
 from gas_triton.kernels.edge_dot import edge_dot
+from gas_triton.kernels.pull import widen
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 HUB_EDGES = 512
@@ -39,12 +45,14 @@ def aggregate_ref(
     reduce: str = "sum",
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    scale: Tensor | None = None,
+    staged: bool = False,
 ) -> Tensor:
     """The meaning in plain torch, differentiable by autograd, in the dtype of `x`: what tests compare with."""
     messages, rows = [x[inner[1].long()]], [row_of_edge(inner[0], inner[1])]
     if outer:
-        source = x if table is None else table.to(x.dtype)
-        halo = source[outer[1].long()]
+        source = x if table is None else widen(table, scale, x.dtype)
+        halo = source[outer[2 if staged else 1].long()]
         if table is not None and dropout > 0.0 and seed is not None:
             halo = halo * keep_mask(outer[1], x.size(1), dropout, seed) / (1.0 - dropout)
         messages.append(halo)
@@ -63,15 +71,17 @@ def aggregate_ref(
 
 @triton.jit
 def _message(
-    p_table, p_col, p_weight, p_winner, p_edge_id, seed, drop_below, drop_scale, o_edge, m_edge, o_feature, m_feature,
-    STRIDE: tl.constexpr, ACC: tl.constexpr, NEGATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_WINNER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, F: tl.constexpr, EVICT: tl.constexpr,
+    p_table, p_scale, p_col, p_node, p_weight, p_winner, p_edge_id, seed, drop_below, drop_scale, o_edge, m_edge,
+    o_feature, m_feature,
+    STRIDE: tl.constexpr, ACC: tl.constexpr, NEGATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_WINNER: tl.constexpr, HAS_DROPOUT: tl.constexpr, STAGED: tl.constexpr, F: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     col = tl.load(p_col + o_edge, mask=m_edge, other=0).to(tl.int64)
     m = m_edge[:, None] & m_feature[None, :]
-    value = tl.load(p_table + col[:, None] * STRIDE + o_feature[None, :], mask=m, other=0.0, eviction_policy=EVICT).to(
-        ACC
-    )
+    value = tl.load(p_table + col[:, None] * STRIDE + o_feature[None, :], mask=m, other=0.0, eviction_policy=EVICT)
+    if HAS_SCALE:
+        value = value.to(tl.float32) * tl.load(p_scale + col, mask=m_edge, other=0.0)[:, None]
+    value = value.to(ACC)
     if HAS_WEIGHT:
         value *= tl.load(p_weight + o_edge, mask=m_edge, other=0.0).to(ACC)[:, None]
     if HAS_WINNER:
@@ -80,7 +90,10 @@ def _message(
         edge_id = tl.load(p_edge_id + o_edge, mask=m_edge, other=-2)
         value = tl.where(winner == edge_id[:, None], value, 0.0)
     if HAS_DROPOUT:
-        kept = keep(row_key(col, seed)[:, None], o_feature[None, :], drop_below)
+        node = col
+        if STAGED:
+            node = tl.load(p_node + o_edge, mask=m_edge, other=0).to(tl.int64)
+        kept = keep(row_key(node, seed)[:, None], o_feature[None, :], drop_below)
         value = tl.where(kept, value * drop_scale, 0.0)
     if NEGATE:
         value = -value
@@ -97,12 +110,13 @@ def _take_better(acc, winner, value, candidate, m_edge):
 
 @triton.jit(do_not_specialize=["num_programs", "num_inner", "drop_below"])
 def _aggregate_kernel(
-    p_x, p_table, p_weight, p_inner_rowptr, p_inner_col, p_outer_rowptr, p_outer_col, p_out, p_arg,
-    p_chunk_row, p_chunk_start, p_winner, p_edge_id, p_seed, num_programs, num_inner, drop_below, drop_scale,
+    p_x, p_table, p_scale, p_weight, p_inner_rowptr, p_inner_col, p_outer_rowptr, p_outer_col, p_outer_node, p_out,
+    p_arg, p_chunk_row, p_chunk_start, p_winner, p_edge_id, p_seed, num_programs, num_inner, drop_below,
+    drop_scale,
     F: tl.constexpr, STRIDE_X: tl.constexpr, STRIDE_TABLE: tl.constexpr, BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
-    UNROLL: tl.constexpr, ACC: tl.constexpr, REDUCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_OUTER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_WINNER: tl.constexpr, HUB_EDGES: tl.constexpr, SKIP_HUBS: tl.constexpr,
-    CHUNKED: tl.constexpr,
+    UNROLL: tl.constexpr, ACC: tl.constexpr, REDUCE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_OUTER: tl.constexpr, HAS_DROPOUT: tl.constexpr, STAGED: tl.constexpr, HAS_WINNER: tl.constexpr,
+    HUB_EDGES: tl.constexpr, SKIP_HUBS: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
     EXTREMUM: tl.constexpr = REDUCE == "max" or REDUCE == "min"
     o_program = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -149,9 +163,9 @@ def _aggregate_kernel(
             o_edge = inner_start + o_step + unrolled
             m_edge = o_edge < inner_end
             value = _message(
-                p_x, p_inner_col, p_weight, p_winner, p_edge_id, seed, drop_below, drop_scale,
-                o_edge, m_edge, o_feature, m_feature, STRIDE_X, ACC, REDUCE == "min", HAS_WEIGHT, HAS_WINNER,
-                False, F, "evict_last",
+                p_x, None, p_inner_col, None, p_weight, p_winner, p_edge_id, seed, drop_below, drop_scale,
+                o_edge, m_edge, o_feature, m_feature, STRIDE_X, ACC, REDUCE == "min", False, HAS_WEIGHT, HAS_WINNER,
+                False, False, F, "evict_last",
             )  # fmt: skip
             if EXTREMUM:
                 acc, arg = _take_better(acc, arg, value, o_edge[:, None].to(tl.int32), m_edge[:, None])
@@ -163,9 +177,10 @@ def _aggregate_kernel(
                 o_edge = outer_start + o_step + unrolled
                 m_edge = o_edge < outer_end
                 value = _message(
-                    p_table, p_outer_col, p_weight + num_inner if HAS_WEIGHT else p_weight, p_winner, p_edge_id, seed,
-                    drop_below, drop_scale, o_edge, m_edge, o_feature, m_feature, STRIDE_TABLE, ACC,
-                    REDUCE == "min", HAS_WEIGHT, False, HAS_DROPOUT, F, "evict_first",
+                    p_table, p_scale, p_outer_col, p_outer_node, p_weight + num_inner if HAS_WEIGHT else p_weight,
+                    p_winner, p_edge_id, seed, drop_below, drop_scale, o_edge, m_edge, o_feature, m_feature,
+                    STRIDE_TABLE, ACC, REDUCE == "min", HAS_SCALE, HAS_WEIGHT, False, HAS_DROPOUT, STAGED, F,
+                    "evict_first",
                 )  # fmt: skip
                 if EXTREMUM:
                     candidate = (o_edge + num_inner)[:, None].to(tl.int32)
@@ -224,8 +239,11 @@ def _combine_kernel(
 
 
 def tile(num_features: int, itemsize: int) -> tuple[int, int]:
-    """(BLOCK_F, ROWS) of one warp: a lane owns one 16-byte vector of the narrower dtype, spare lanes take more rows."""
-    lanes = 32 * (16 // itemsize)
+    """(BLOCK_F, ROWS) of one warp: a lane owns one 16-byte vector of the narrower dtype, spare lanes take more rows.
+
+    Of int8 it owns half a vector: a whole one is 16 accumulators a lane, and the wider rows would not fit in registers.
+    """
+    lanes = 32 * (16 // max(itemsize, 2))
     block_f = min(triton.next_power_of_2(num_features), lanes)
     return block_f, lanes // block_f
 
@@ -239,14 +257,16 @@ def _launch(
     hubs: list[Tensor],
     reduce: str,
     *,
+    scale: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     winner: Tensor | None = None,
     edge_id: Tensor | None = None,
     hub_edges: int = HUB_EDGES,
+    staged: bool = False,
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_features = inner[0].numel() - 1, x.size(1)
-    out, arg = aggregate_fake(x, table, weight, inner, outer, [], None, hubs, [], reduce, dropout, seed, hub_edges)
+    out, arg = _empty(x, num_rows, reduce)
     if out.numel() == 0:
         return out, arg
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -258,19 +278,20 @@ def _launch(
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     constants: dict[str, Any] = dict(
         F=num_features, STRIDE_X=x.stride(0), STRIDE_TABLE=source.stride(0), BLOCK_F=block_f, ROWS=rows, UNROLL=8,
-        ACC=tl.float64 if accumulator == torch.float64 else tl.float32, REDUCE=reduce, HAS_WEIGHT=weight is not None,
-        HAS_OUTER=has_outer, HAS_DROPOUT=table is not None and dropout > 0.0, HAS_WINNER=winner is not None,
-        HUB_EDGES=hub_edges, num_warps=1,
+        ACC=tl.float64 if accumulator == torch.float64 else tl.float32, REDUCE=reduce, HAS_SCALE=scale is not None,
+        HAS_WEIGHT=weight is not None, HAS_OUTER=has_outer, HAS_DROPOUT=table is not None and dropout > 0.0,
+        STAGED=staged, HAS_WINNER=winner is not None, HUB_EDGES=hub_edges, num_warps=1,
     )  # fmt: skip
-    outer_rowptr, outer_col = (outer[0], outer[1]) if has_outer else (None, None)
+    outer_rowptr, outer_col = (outer[0], outer[2 if staged else 1]) if has_outer else (None, None)
+    outer_node = outer[1] if staged else None
     tiles_f = triton.cdiv(num_features, block_f)
 
     def run(num_programs: int, out: Tensor, arg: Tensor, chunk: list[Tensor], **flags: bool) -> None:
         chunk_row, chunk_start = chunk if chunk else (None, None)
         _aggregate_kernel[(triton.cdiv(num_programs, rows), tiles_f)](
-            x, source, weight, inner[0], inner[1], outer_rowptr, outer_col, out, arg, chunk_row, chunk_start,
-            winner, edge_id, seed, num_programs, inner[1].numel(), threshold(dropout), 1.0 / (1.0 - dropout),
-            **constants, **flags,
+            x, source, scale, weight, inner[0], inner[1], outer_rowptr, outer_col, outer_node, out, arg, chunk_row,
+            chunk_start, winner, edge_id, seed, num_programs, inner[1].numel(), threshold(dropout),
+            1.0 / (1.0 - dropout), **constants, **flags,
         )  # fmt: skip
 
     with torch.cuda.device_of(x):
@@ -289,11 +310,14 @@ def _launch(
 
 
 def aggregate_triton(
-    x: Tensor, table: Tensor | None, weight: Tensor | None, inner: list[Tensor], outer: list[Tensor],
-    transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor], hubs_transposed: list[Tensor], reduce: str,
-    dropout: float, seed: Tensor | None, hub_edges: int,
+    x: Tensor, table: Tensor | None, scale: Tensor | None, weight: Tensor | None, inner: list[Tensor],
+    outer: list[Tensor], transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor],
+    hubs_transposed: list[Tensor], reduce: str, dropout: float, seed: Tensor | None, hub_edges: int, staged: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch(x, table, weight, inner, outer[:2], hubs, reduce, dropout=dropout, seed=seed, hub_edges=hub_edges)
+    return _launch(
+        x, table, weight, inner, outer, hubs, reduce, scale=scale, dropout=dropout, seed=seed, hub_edges=hub_edges,
+        staged=staged,
+    )  # fmt: skip
 
 
 def winners_triton(
@@ -310,11 +334,15 @@ def winners_triton(
 
 
 def aggregate_fake(
-    x: Tensor, table: Tensor | None, weight: Tensor | None, inner: list[Tensor], outer: list[Tensor],
-    transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor], hubs_transposed: list[Tensor], reduce: str,
-    dropout: float, seed: Tensor | None, hub_edges: int,
+    x: Tensor, table: Tensor | None, scale: Tensor | None, weight: Tensor | None, inner: list[Tensor],
+    outer: list[Tensor], transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor],
+    hubs_transposed: list[Tensor], reduce: str, dropout: float, seed: Tensor | None, hub_edges: int, staged: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (inner[0].numel() - 1, x.size(1))
+    return _empty(x, inner[0].numel() - 1, reduce)
+
+
+def _empty(x: Tensor, num_rows: int, reduce: str) -> tuple[Tensor, Tensor]:
+    shape = (num_rows, x.size(1))
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     return out, torch.empty(shape if reduce in ("max", "min") else 0, dtype=torch.int32, device=x.device)
 
@@ -333,20 +361,20 @@ winners = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, table, weight, inner, outer, transposed, edge_id, hubs, hubs_transposed, reduce, dropout, seed, hub_edges = (
-        inputs
-    )
+    x, table, scale, weight, inner, outer, transposed, edge_id, hubs, hubs_transposed = inputs[:10]
     needs_rows = weight is not None and weight.requires_grad
     winner = output[1]
     ctx.mark_non_differentiable(winner)
-    ctx.save_for_backward(x if needs_rows else None, table if needs_rows else None, weight, seed, winner)
+    rows = (x, table, scale) if needs_rows else (None, None, None)
+    ctx.reduce, ctx.dropout, seed, ctx.hub_edges, ctx.staged = inputs[10:]
+    ctx.save_for_backward(*rows, weight, seed, winner)
     ctx.edge_id = edge_id
     ctx.inner, ctx.outer, ctx.transposed, ctx.hubs_transposed = inner, outer, transposed, hubs_transposed
-    ctx.reduce, ctx.dropout, ctx.hub_edges, ctx.num_hub_tensors = reduce, dropout, hub_edges, len(hubs)
+    ctx.num_hub_tensors = len(hubs)
 
 
 def _backward(ctx, grad, _):
-    x, table, weight, seed, winner = ctx.saved_tensors
+    x, table, scale, weight, seed, winner = ctx.saved_tensors
     grad_x = grad_weight = None
     is_extremum = ctx.reduce in ("max", "min")
     if ctx.reduce == "mean":
@@ -360,45 +388,29 @@ def _backward(ctx, grad, _):
             grad_x = winners(grad, winner, weight_t, ctx.transposed, edge_id, ctx.hubs_transposed, ctx.hub_edges)
         else:
             grad_x = aggregate(
-                grad,
-                None,
-                weight_t,
-                ctx.transposed,
-                [],
-                [],
-                None,
-                ctx.hubs_transposed,
-                [],
-                "sum",
-                0.0,
-                None,
-                ctx.hub_edges,
-            )[0]
-    if ctx.needs_input_grad[2]:
+                grad, None, None, weight_t, ctx.transposed, [], [], None, ctx.hubs_transposed, [], "sum", 0.0, None,
+                ctx.hub_edges, False,
+            )[0]  # fmt: skip
+    if ctx.needs_input_grad[3]:
         winner = winner if is_extremum else None
         num_inner = ctx.inner[1].numel()
-        parts = [edge_dot(grad, x, *ctx.inner, winner, 0, 0.0, None)]
+        parts = [edge_dot(grad, x, None, *ctx.inner, None, winner, 0, 0.0, None)]
         if ctx.outer:
             source, dropout = (x, 0.0) if table is None else (table, ctx.dropout)
-            parts.append(edge_dot(grad, source, *ctx.outer[:2], winner, num_inner, dropout, seed))
+            col, node = (ctx.outer[2], ctx.outer[1]) if ctx.staged else (ctx.outer[1], None)
+            parts.append(edge_dot(grad, source, scale, ctx.outer[0], col, node, winner, num_inner, dropout, seed))
         grad_weight = torch.cat(parts).to(weight.dtype)
+    lists = (ctx.inner, ctx.outer, ctx.transposed)
     inner, outer, transposed, hubs, hubs_transposed = (
-        [None] * length
-        for length in (
-            len(ctx.inner),
-            len(ctx.outer),
-            len(ctx.transposed),
-            ctx.num_hub_tensors,
-            len(ctx.hubs_transposed),
-        )
+        [None] * length for length in (*map(len, lists), ctx.num_hub_tensors, len(ctx.hubs_transposed))
     )
-    return grad_x, None, grad_weight, inner, outer, transposed, None, hubs, hubs_transposed, None, None, None, None
+    return grad_x, None, None, grad_weight, inner, outer, transposed, None, hubs, hubs_transposed, *[None] * 5
 
 
 aggregate = define(
-    "aggregate(Tensor x, Tensor? table, Tensor? weight, Tensor[] inner, Tensor[] outer, Tensor[] transposed, "
-    "Tensor? edge_id, Tensor[] hubs, Tensor[] hubs_transposed, str reduce, float dropout, Tensor? seed, int hub_edges) "
-    "-> (Tensor, Tensor)",
+    "aggregate(Tensor x, Tensor? table, Tensor? scale, Tensor? weight, Tensor[] inner, Tensor[] outer, "
+    "Tensor[] transposed, Tensor? edge_id, Tensor[] hubs, Tensor[] hubs_transposed, str reduce, float dropout, "
+    "Tensor? seed, int hub_edges, bool staged) -> (Tensor, Tensor)",
     cpu=aggregate_cpu,
     cuda=aggregate_triton,
     fake=aggregate_fake,

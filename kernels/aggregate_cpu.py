@@ -11,12 +11,13 @@ from torch import Tensor
 
 from gas_triton.kernels.csr_rows import degree, row_of_edge
 from gas_triton.kernels.dropout import keep_mask
+from gas_triton.kernels.pull import pull_cpu, widen
 
 
 def aggregate_cpu(
-    x: Tensor, table: Tensor | None, weight: Tensor | None, inner: list[Tensor], outer: list[Tensor],
-    transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor], hubs_transposed: list[Tensor], reduce: str,
-    dropout: float, seed: Tensor | None, hub_edges: int,
+    x: Tensor, table: Tensor | None, scale: Tensor | None, weight: Tensor | None, inner: list[Tensor],
+    outer: list[Tensor], transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor],
+    hubs_transposed: list[Tensor], reduce: str, dropout: float, seed: Tensor | None, hub_edges: int, staged: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     num_rows, num_inner = inner[0].numel() - 1, inner[1].numel()
@@ -24,13 +25,15 @@ def aggregate_cpu(
     weight = None if weight is None else weight.to(dtype)
     parts = []
     if num_inner > 0:
-        rows, col = _rows(x, inner[1], dtype, [])
+        rows, col = _rows(x, None, inner[1], dtype, [])
         parts.append((rows, inner[0], col, None if weight is None else weight[:num_inner]))
     if outer and outer[1].numel() > 0:
         if table is None:
-            rows, col = _rows(x, outer[1], dtype, outer[2:])
+            rows, col = _rows(x, None, outer[1], dtype, outer[2:])
+        elif staged:
+            rows, col = _staged_rows(table, scale, dtype, outer[3], dropout, seed), outer[2]
         else:
-            rows, col = _rows(table, outer[1], dtype, outer[2:], dropout, seed)
+            rows, col = _rows(table, scale, outer[1], dtype, outer[2:], dropout, seed)
         parts.append((rows, outer[0], col, None if weight is None else weight[num_inner:]))
     if reduce in ("max", "min"):
         out, winner = _extremum(parts, num_rows, x.size(1), reduce, dtype)
@@ -51,6 +54,7 @@ def _bag_sum(rows: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None) -
 
 def _rows(
     table: Tensor,
+    scale: Tensor | None,
     col: Tensor,
     dtype: torch.dtype,
     compact: list[Tensor],
@@ -63,14 +67,25 @@ def _rows(
     if compact:
         slot, ids = compact
     elif table.size(0) <= col.numel() and dropout == 0.0:
-        return table.to(dtype).contiguous(), col
+        return widen(table, scale, dtype).contiguous(), col
     else:
         ids, slot = torch.unique(col, return_inverse=True)
         slot = slot.to(col.dtype)
-    rows = table.index_select(0, ids).to(dtype)
+    return _drop(pull_cpu(table, scale, ids, dtype), ids, dropout, seed), slot
+
+
+def _staged_rows(
+    table: Tensor, scale: Tensor | None, dtype: torch.dtype, ids: Tensor, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """Rows that were gathered before, in the accumulator's dtype; themselves where nothing changes."""
+    rows = widen(table, scale, dtype).contiguous()
+    return _drop(rows.clone() if rows is table and dropout > 0.0 else rows, ids, dropout, seed)
+
+
+def _drop(rows: Tensor, ids: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     if dropout > 0.0 and seed is not None:
         rows.mul_(keep_mask(ids, rows.size(1), dropout, seed)).mul_(1.0 / (1.0 - dropout))
-    return rows, slot
+    return rows
 
 
 def _extremum(

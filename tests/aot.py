@@ -21,10 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gas_triton.kernels import aggregate, dropout, edge_dot
+from gas_triton.kernels import aggregate, dropout, edge_dot, pull, push
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8, "i8": 1}
+WARPS = {"_dropout_kernel": 4, "_pull_kernel": 8}
 
 
 def compile_kernel(kernel, signature, constants, arch, num_warps=1):
@@ -64,33 +65,90 @@ def _run(tool, *args):
     return subprocess.run([TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
 
 
-def aggregate_case(x, table, features, reduce="sum", weight=False, outer=True, hubs="none", drop=False, winner=False):
+def aggregate_case(
+    x,
+    table,
+    features,
+    reduce="sum",
+    weight=False,
+    outer=True,
+    hubs="none",
+    drop=False,
+    winner=False,
+    staged=False,
+):
     """(kernel, signature, constants, least number of 16-byte loads) as `_launch` would call it."""
+    scale = table == "i8"
     block_f, rows = aggregate.tile(features, min(ITEMSIZE[x], ITEMSIZE[table]))
     chunked = hubs == "chunked"
     accumulator = "fp64" if x == "fp64" else "fp32"
     signature = {
-        "p_x": f"*{x}", "p_table": f"*{table}", "p_inner_rowptr": "*i32", "p_inner_col": "*i32",
+        "p_x": f"*{x}", "p_table": f"*{table}", "p_scale": "*fp32", "p_inner_rowptr": "*i32", "p_inner_col": "*i32",
         "p_out": f"*{accumulator}" if chunked else f"*{x}", "p_arg": "*i32", "p_weight": "*fp32",
-        "p_outer_rowptr": "*i32", "p_outer_col": "*i32", "p_chunk_row": "*i32", "p_chunk_start": "*i32",
-        "p_winner": "*i32", "p_edge_id": "*i32", "p_seed": "*i64", "num_programs": "i32", "num_inner": "i32",
-        "drop_below": "i32", "drop_scale": "fp32",
+        "p_outer_rowptr": "*i32", "p_outer_col": "*i32", "p_outer_node": "*i32", "p_chunk_row": "*i32",
+        "p_chunk_start": "*i32", "p_winner": "*i32", "p_edge_id": "*i32", "p_seed": "*i64", "num_programs": "i32",
+        "num_inner": "i32", "drop_below": "i32", "drop_scale": "fp32",
     }  # fmt: skip
     constants = {
         "F": features, "STRIDE_X": features, "STRIDE_TABLE": features, "BLOCK_F": block_f, "ROWS": rows, "UNROLL": 8,
         "ACC": getattr(triton.language, "float64" if x == "fp64" else "float32"), "REDUCE": reduce,
-        "HAS_WEIGHT": weight, "HAS_OUTER": outer, "HAS_DROPOUT": drop, "HAS_WINNER": winner,
-        "HUB_EDGES": aggregate.HUB_EDGES, "SKIP_HUBS": hubs == "skipped", "CHUNKED": chunked,
+        "HAS_SCALE": scale, "HAS_WEIGHT": weight, "HAS_OUTER": outer, "HAS_DROPOUT": drop, "STAGED": staged,
+        "HAS_WINNER": winner, "HUB_EDGES": aggregate.HUB_EDGES, "SKIP_HUBS": hubs == "skipped", "CHUNKED": chunked,
     }  # fmt: skip
     absent = {
-        "p_weight": weight, "p_outer_rowptr": outer, "p_outer_col": outer, "p_chunk_row": chunked,
-        "p_chunk_start": chunked, "p_winner": winner, "p_edge_id": winner, "p_seed": drop,
+        "p_scale": scale, "p_weight": weight, "p_outer_rowptr": outer, "p_outer_col": outer, "p_outer_node": staged,
+        "p_chunk_row": chunked, "p_chunk_start": chunked, "p_winner": winner, "p_edge_id": winner, "p_seed": drop,
     }  # fmt: skip
     constants |= {name: None for name, present in absent.items() if not present}
-    # the wider of the two row types needs two loads where the narrower fills a lane's 16 bytes with one
-    wide = 8 if features * ITEMSIZE[x] % 16 == 0 else 0
-    wide += 8 if outer and features * ITEMSIZE[table] % 16 == 0 else 0
+    # the wider of the two row types needs two loads where the narrower fills a lane's 16 bytes with one; of int8 a lane
+    # takes 8 bytes
+    wide = 8 * max(1, ITEMSIZE[x] // 2 if scale else 1) if features * ITEMSIZE[x] % 16 == 0 else 0
+    wide += 8 if outer and not scale and features * ITEMSIZE[table] % 16 == 0 else 0
     return aggregate._aggregate_kernel, signature, constants, wide
+
+
+def edge_dot_case(table, winner=False, drop=False, staged=False):
+    scale = table == "i8"
+    lanes = 32 * (16 // max(2, ITEMSIZE[table]))
+    signature = {
+        "p_grad": "*fp32", "p_table": f"*{table}", "p_scale": "*fp32", "p_row": "*i64", "p_col": "*i32",
+        "p_node": "*i32", "p_winner": "*i32", "p_seed": "*i64", "p_out": "*fp32", "num_edges": "i32",
+        "first_edge": "i32", "drop_below": "i32", "drop_scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "F": 128, "STRIDE_GRAD": 128, "STRIDE_TABLE": 128, "BLOCK_F": 128, "EDGES": 4 * lanes // 128,
+        "ACC": triton.language.float32, "HAS_SCALE": scale, "HAS_NODE": staged, "HAS_WINNER": winner,
+        "HAS_DROPOUT": drop,
+    }  # fmt: skip
+    absent = {"p_scale": scale, "p_node": staged, "p_winner": winner, "p_seed": drop}
+    constants |= {name: None for name, present in absent.items() if not present}
+    return edge_dot._edge_dot_kernel, signature, constants, 8
+
+
+def push_case(x, stored, features, nonfinite="skip", packed=False, write=True):
+    block_f, rows = push.tile(features)
+    signature = {
+        "p_x": f"*{x}", "p_ids": "*i64", "p_rows": f"*{stored}", "p_scale": "*fp32", "p_last_push": "*i32",
+        "p_clock": "*i64", "p_report": "*i64", "num_rows": "i32",
+    }  # fmt: skip
+    constants = {
+        "F": features, "STRIDE_X": features, "STRIDE_ROWS": features, "BLOCK_F": block_f, "ROWS": rows,
+        "SCATTER": not packed, "CHECK": nonfinite != "allow", "SKIP": nonfinite == "skip" and not packed,
+        "WRITE": write,
+    }  # fmt: skip
+    absent = {"p_scale": stored == "i8", "p_last_push": not packed, "p_clock": not packed}
+    constants |= {name: None for name, present in absent.items() if not present}
+    return push._push_kernel, signature, constants, block_f * rows * ITEMSIZE[x] // 512
+
+
+def pull_case(table, out, features):
+    itemsize = ITEMSIZE[table], ITEMSIZE[out]
+    block_f, rows = pull.tile(features, max(itemsize))
+    signature = {"p_table": f"*{table}", "p_scale": "*fp32", "p_ids": "*i64", "p_out": f"*{out}", "num_rows": "i32"}
+    has_scale = table == "i8" and out != "i8"
+    constants = {"F": features, "STRIDE_TABLE": features, "BLOCK_F": block_f, "ROWS": rows, "HAS_SCALE": has_scale}
+    constants |= {} if has_scale else {"p_scale": None}
+    return pull._pull_kernel, signature, constants, pull.TILE_BYTES * itemsize[0] // max(itemsize) // (256 * 16)
 
 
 def cases():
@@ -115,18 +173,26 @@ def cases():
         }  # fmt: skip
         constants = {"F": 128, "BLOCK_F": 128, "ACC": triton.language.float32, "REDUCE": reduce, "HAS_OUTER": True}
         yield f"combine {reduce}", 64, aggregate._combine_kernel, signature, constants, 1
-    for winner in (False, True):
-        signature = {
-            "p_grad": "*fp32", "p_table": "*bf16", "p_row": "*i64", "p_col": "*i32", "p_winner": "*i32",
-            "p_seed": "*i64", "p_out": "*fp32", "num_edges": "i32", "first_edge": "i32", "drop_below": "i32",
-            "drop_scale": "fp32",
-        }  # fmt: skip
-        constants = {
-            "F": 128, "STRIDE_GRAD": 128, "STRIDE_TABLE": 128, "BLOCK_F": 128, "EDGES": 8,
-            "ACC": triton.language.float32, "HAS_WINNER": winner, "HAS_DROPOUT": not winner,
-        }  # fmt: skip
-        constants |= {"p_seed": None} if winner else {"p_winner": None}
-        yield f"edge_dot winner={winner}", 168, edge_dot._edge_dot_kernel, signature, constants, 8
+    for features in (64, 128, 256):
+        yield f"sum fp32 int8 F={features}", 80, *aggregate_case("fp32", "i8", features)
+        yield f"sum bf16 int8 F={features}", 80, *aggregate_case("bf16", "i8", features)
+    yield "sum int8 staged with dropout", 128, *aggregate_case("fp32", "i8", 128, weight=True, drop=True, staged=True)
+    yield "sum staged with dropout", 128, *aggregate_case("fp32", "bf16", 128, weight=True, drop=True, staged=True)
+    yield "max int8", 128, *aggregate_case("fp32", "i8", 128, "max", weight=True)
+    yield "edge_dot winner=False", 168, *edge_dot_case("bf16", drop=True)
+    yield "edge_dot winner=True", 168, *edge_dot_case("bf16", winner=True)
+    yield "edge_dot int8 staged", 168, *edge_dot_case("i8", drop=True, staged=True)
+    for x, stored in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("fp64", "fp64")):
+        yield f"push {x} to {stored}", 64, *push_case(x, stored, 128)
+    for features in (64, 256, 1024, 1500):
+        yield f"push int8 F={features}", 72, *push_case("fp32", "i8", features)
+    yield "push without a check", 64, *push_case("fp32", "fp32", 128, "allow")
+    yield "check", 64, *push_case("fp32", "fp32", 128, "warn", packed=True, write=False)
+    yield "pack bf16", 64, *push_case("fp32", "bf16", 128, "warn", packed=True)
+    yield "pack int8", 64, *push_case("fp32", "i8", 128, "warn", packed=True)
+    for table, out in (("fp32", "fp32"), ("bf16", "fp32"), ("i8", "fp32"), ("i8", "bf16"), ("i8", "i8")):
+        for features in (32, 256):
+            yield f"pull {table} to {out} F={features}", 64, *pull_case(table, out, features)
     signature = {
         "p_x": "*fp32", "p_ids": "*i64", "p_seed": "*i64", "p_out": "*fp32", "num_rows": "i32", "drop_below": "i32",
         "scale": "fp32",
@@ -146,8 +212,7 @@ def controls():
 def main(chosen, architectures):
     for name, cap, kernel, signature, constants, wide_loads in chosen:
         for arch in architectures:
-            num_warps = 4 if name == "dropout" else 1
-            found = resources(compile_kernel(kernel, signature, constants, arch, num_warps))
+            found = resources(compile_kernel(kernel, signature, constants, arch, WARPS.get(kernel.__name__, 1)))
             wrong = []
             if found["spilled"]:
                 wrong.append(f"spills {found['spilled']}")

@@ -3,12 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gas_triton as gas
 from gas_triton import functional
 from gas_triton.csr import find_hubs
 from gas_triton.kernels.aggregate import aggregate as aggregate_op
 from gas_triton.kernels.aggregate import aggregate_ref
+from gas_triton.kernels.aggregate_cpu import aggregate_cpu
+from gas_triton.kernels.dropout import keep_mask
+from gas_triton.kernels.pull import widen
+from gas_triton.kernels.push import quantize_ref
 from gas_triton.kernels.transpose import transpose_torch
 from gas_triton.models import GCN
 from tests.blocks import KINDS, assert_as_exact, make_blocks
@@ -45,7 +50,7 @@ def test_cpu_op_equals_float64(kind, reduce):
     for weight in (None, torch.randn(blocks.num_edges)):
         x, table = torch.randn(blocks.num_rows, 6), torch.randn(blocks.num_table, 6)
         out, _ = aggregate_op(
-            x, table, weight, blocks.inner, blocks.outer, [], None, [], [], reduce, 0.0, None, 512
+            x, table, None, weight, blocks.inner, blocks.outer, [], None, [], [], reduce, 0.0, None, 512, False
         )  # fmt: skip
         assert_as_exact(out, x, table, weight, blocks, reduce)
 
@@ -56,7 +61,9 @@ def test_cpu_op_takes_every_mix_of_dtypes(dtype, table_dtype):
     blocks = make_blocks("mixed", num_rows=20, num_table=400)
     x, table = torch.randn(20, 8).to(dtype), torch.randn(400, 8).to(table_dtype)
     weight = torch.rand(blocks.num_edges)
-    out, _ = aggregate_op(x, table, weight, blocks.inner, blocks.outer, [], None, [], [], "sum", 0.0, None, 512)
+    out, _ = aggregate_op(
+        x, table, None, weight, blocks.inner, blocks.outer, [], None, [], [], "sum", 0.0, None, 512, False
+    )  # fmt: skip
     assert_as_exact(out, x, table, weight, blocks)
 
 
@@ -110,6 +117,120 @@ def test_three_ways_to_give_the_halo_agree(reduce):
     )
     torch.testing.assert_close(in_place, exact)
     torch.testing.assert_close(history, exact)
+
+
+STORED = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
+
+
+def make_history(batch, stored, num_features=5):
+    """(what its rows stand for in float64, the table, the same staged)."""
+    values = torch.randn(batch.graph_nodes, num_features, dtype=torch.float64)
+    if stored != torch.int8:
+        table = values.to(stored)
+        return table.double(), table, table[batch.halo_ids]
+    rows, scale = quantize_ref(values)
+    staged = functional.Quantized(rows[batch.halo_ids], scale[batch.halo_ids])
+    return widen(rows, scale, torch.float64), functional.Quantized(rows, scale), staged
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("stored", STORED)
+def test_every_table_in_place_and_staged(stored, reduce, dropout):
+    batch = make_batch()
+    values, table, staged = make_history(batch, stored)
+    seed = SEED if dropout else None
+    leaves = torch.randn(batch.num_nodes, 5), torch.rand(batch.num_edges)
+    grad = torch.randn(batch.num_nodes, 5)
+    results = []
+    for history in (table, staged):
+        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        out = functional.aggregate(
+            x, batch, history, reduce, edge_weight=weight, history_dropout=dropout, seed=seed
+        )  # fmt: skip
+        results.append((out, *torch.autograd.grad(out, (x, weight), grad)))
+    x, weight = (leaf.double().requires_grad_() for leaf in leaves)
+    expected = aggregate_ref(x, values, weight, *as_lists(batch), reduce, dropout, seed)
+    expected = (expected, *torch.autograd.grad(expected, (x, weight), grad.double()))
+    for in_place, from_staged, exact in zip(*results, expected, strict=True):
+        assert torch.equal(in_place, from_staged)
+        torch.testing.assert_close(in_place.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
+def test_staged_rows_are_not_gathered_again(stored):
+    batch = make_batch()
+    outer = [*batch.outer, batch.outer_slot, batch.halo_ids]
+    calls = {}
+    for staged in (False, True):
+        history = make_history(batch, stored)[1 + staged]
+        rows, scale = (history.rows, history.scale) if stored == torch.int8 else (history, None)
+        with Calls() as seen:
+            aggregate_cpu(
+                torch.randn(batch.num_nodes, 5), rows, scale, None, list(batch.inner), outer, [], None, [], [], "sum",
+                0.0, None, 512, staged,
+            )  # fmt: skip
+        calls[staged] = seen.names
+    assert "index_select" not in calls[True]
+    assert ("index_select" in calls[False]) == (stored != torch.float32)
+    assert ("_to_copy" in calls[True]) == (stored != torch.float32)
+
+
+def test_a_backward_does_not_read_staged_rows_that_were_overwritten():
+    batch = make_batch()
+    weight = torch.rand(batch.num_edges, requires_grad=True)
+    for stored in (torch.float32, torch.int8):
+        staged = make_history(batch, stored)[2]
+        out = functional.aggregate(torch.randn(batch.num_nodes, 5), batch, staged, edge_weight=weight)
+        (staged.scale if stored == torch.int8 else staged).zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("stored", STORED)
+def test_halo_rows_of_every_table(stored, dtype, dropout):
+    batch = make_batch()
+    values, *histories = make_history(batch, stored)
+    expected = values[batch.halo_ids].to(dtype)
+    if dropout:
+        expected = torch.where(keep_mask(batch.halo_ids, 5, dropout, SEED), expected, 0.0) * (1.0 / (1.0 - dropout))
+    kept = [None if isinstance(h, functional.Quantized) else h.clone() for h in histories]
+    for history, before in zip(histories, kept, strict=True):
+        out = functional.halo_rows(history, batch, dtype, dropout, SEED)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, expected, rtol=2.0**-22 if dtype != torch.bfloat16 else 2.0**-8, atol=0)
+        assert before is None or torch.equal(history, before)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8])
+def test_stored_rows_compile_into_one_graph(stored, staged):
+    torch._dynamo.reset()
+    batch = make_batch()
+    history = make_history(batch, stored)[1 + staged]
+
+    def layer(x, history):
+        out = functional.aggregate(x, batch, history, history_dropout=0.4, seed=SEED)
+        return out.sum() + functional.halo_rows(history, batch, x.dtype).sum()
+
+    x = torch.randn(batch.num_nodes, 5, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [(loss, *torch.autograd.grad(loss, x)) for loss in (layer(x, history), compiled(x, history))]
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -193,21 +314,25 @@ def test_same_input_same_bits():
 
 
 def opcheck_inputs():
-    for reduce in ("sum", "mean", "max"):
-        for with_table in (True, False):
-            blocks = make_blocks("one_hub", num_table=7)
-            x = torch.randn(7, 4, requires_grad=True)
-            table = torch.randn(7, 4) if with_table else None
-            weight = torch.rand(blocks.num_edges, requires_grad=True)
-            inner, outer = blocks.inner, blocks.outer if with_table else []
-            weight = weight if with_table else weight[: inner[1].numel()].detach().requires_grad_()
-            row = torch.repeat_interleave(torch.arange(7), inner[0].diff().long())
-            rowptr, col, edge_id = transpose_torch(row, inner[1], 7)
-            hubs, hubs_transposed = find_hubs(inner[0], inner[1].numel(), 8), find_hubs(rowptr, col.numel(), 8)
-            yield (
-                x, table, weight, inner, outer, [rowptr, col], edge_id, hubs, hubs_transposed, reduce,
-                0.3 if with_table else 0.0, SEED, 8,
-            )  # fmt: skip
+    for reduce, read in (("sum", "table"), ("sum", "staged"), ("sum", "x"), ("mean", "table"), ("max", "staged")):
+        blocks = make_blocks("one_hub", num_table=7)
+        inner, outer, num_edges = blocks.inner, blocks.outer, blocks.num_edges
+        table = scale = None
+        if read == "x":
+            outer, num_edges = [], inner[1].numel()
+        elif read == "table":
+            table = torch.randn(7, 4)
+        else:
+            table, scale = quantize_ref(torch.randn(7, 4))
+            outer = [outer[0], outer[1] + 40, outer[1], torch.arange(40, 47)]
+        x, weight = torch.randn(7, 4, requires_grad=True), torch.rand(num_edges, requires_grad=True)
+        row = torch.repeat_interleave(torch.arange(7), inner[0].diff().long())
+        rowptr, col, edge_id = transpose_torch(row, inner[1], 7)
+        hubs, hubs_transposed = find_hubs(inner[0], inner[1].numel(), 8), find_hubs(rowptr, col.numel(), 8)
+        yield (
+            x, table, scale, weight, inner, outer, [rowptr, col], edge_id, hubs, hubs_transposed, reduce,
+            0.0 if table is None else 0.3, SEED, 8, read == "staged",
+        )  # fmt: skip
 
 
 def test_aggregate_is_registered_as_torch_library_wants():
@@ -221,16 +346,13 @@ def test_other_ops_are_registered_as_torch_library_wants():
     rowptr, col, edge_id = transpose_torch(row, blocks.inner[1], 7)
     x, ids = torch.randn(7, 4), torch.arange(7)
     winner = torch.zeros(7, 4, dtype=torch.int32)
-    spans = torch.tensor([[2, 5], [7, 11]])
-    node_ids = torch.tensor([2, 3, 4, 7, 8, 9, 10])
-    clock, last_push = torch.tensor(1), torch.zeros(11, dtype=torch.int32)
     ops = torch.ops.gas_triton
     for op, inputs in (
         (ops.transpose, (row, blocks.inner[1], 7)),
         (ops.dropout, (x.clone().requires_grad_(), ids, 0.4, SEED)),
-        (ops.edge_dot, (x, x, *blocks.inner, None, 0, 0.3, SEED)),
+        (ops.edge_dot, (x, x, None, *blocks.inner, None, None, 0, 0.3, SEED)),
+        (ops.edge_dot, (x, *quantize_ref(x), *blocks.inner, blocks.inner[1] + 40, None, 0, 0.3, SEED)),
         (ops.aggregate_winners, (x, winner, None, [rowptr, col], edge_id, [], 8)),
-        (ops.push, (torch.zeros(11, 4), last_push, x, node_ids, spans, clock)),
     ):
         torch.library.opcheck(op.default, inputs)
 
@@ -262,6 +384,11 @@ def test_a_model_compiles_into_one_graph(symmetric):
         assert torch.equal(histories[0][name].age(), histories[1][name].age())
 
 
+def quantized(num_rows, num_features, dtype=torch.int8, scale=None):
+    scale = torch.ones(num_rows) if scale is None else scale
+    return functional.Quantized(torch.zeros(num_rows, num_features, dtype=dtype), scale)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -275,7 +402,23 @@ def test_a_model_compiles_into_one_graph(symmetric):
         (dict(x=torch.zeros(20, 5, device="meta")), ValueError, "x is on meta but the batch is on cpu"),
         (dict(history=None), ValueError, "no history holds the .* halo rows"),
         (dict(history=torch.zeros(39, 5)), ValueError, r"history must have 40 rows, one a node, got shape \[39, 5\]"),
+        (dict(history=torch.zeros(40)), ValueError, r"history must have 40 rows, one a node, got shape \[40\]"),
         (dict(history=torch.zeros(40, 6)), ValueError, "x has 5 features but the history has 6"),
+        (dict(history=quantized(40, 6)), ValueError, "x has 5 features but the history has 6"),
+        (dict(history=quantized(39, 5)), ValueError, r"history must have 40 rows, one a node, got shape \[39, 5\]"),
+        (
+            dict(history=quantized(40, 5, torch.float32)),
+            TypeError,
+            r"rows int8 \[R, features\] .* got torch.float32 \[40",
+        ),
+        (dict(history=quantized(40, 5, scale=torch.ones(39))), TypeError, r"float32 \[R\], got .*float32 \[39\]"),
+        (dict(history=quantized(40, 5, scale=torch.ones(40).double())), TypeError, r"got .* and torch.float64 \[40\]"),
+        (
+            dict(history=quantized(40, 5, scale=torch.ones(40, device="meta"))),
+            ValueError,
+            "history has rows on cpu but their scale on meta",
+        ),
+        (dict(history=torch.zeros(40, 5, device="meta")), ValueError, "history is on meta but the batch is on cpu"),
         (dict(history=torch.zeros(40, 5).int()), TypeError, "history must be a floating tensor"),
         (dict(reduce="median"), ValueError, "reduce must be one of sum, mean, max, min, got 'median'"),
         (dict(halo="mirror"), ValueError, "halo must be 'read' or 'drop', got 'mirror'"),
@@ -289,6 +432,13 @@ def test_bad_input_is_named(change, error, message):
     arguments = dict(x=torch.zeros(20, 5), history=torch.zeros(40, 5)) | change
     with pytest.raises(error, match=message):
         functional.aggregate(arguments.pop("x"), make_batch(), **arguments)
+
+
+def test_halo_rows_of_a_wrong_history_are_named():
+    batch = make_batch()
+    message = r"history must have 40 rows, one a node, got shape \[39, 5\]; staged rows of this batch would be "
+    with pytest.raises(ValueError, match=f"{message}{batch.num_halo}, one a halo node"):
+        functional.halo_rows(torch.zeros(39, 5), batch, torch.float32)
 
 
 def test_dropout_probability_is_checked():

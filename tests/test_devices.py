@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import gas_triton as gas
 from gas_triton.batch import Planner
-from gas_triton.kernels import aggregate, dropout
+from gas_triton.kernels import aggregate, dropout, pull, push
 from gas_triton.models import GCN, GIN, SAGE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,6 +43,8 @@ TRITON = dict(
     aggregate=aggregate.aggregate_triton,
     aggregate_winners=aggregate.winners_triton,
     dropout=dropout.dropout_triton,
+    pull=pull.pull_triton,
+    push=push.push_triton,
 )
 
 
@@ -107,6 +109,7 @@ def test_training_equals_the_cpu_path(model_class, options, directed, monkeypatc
     if DEVICE.type == "cpu":
         assert calls["aggregate"] >= 8
         assert calls["dropout"] >= 8
+        assert calls["push"] >= 4
         assert (calls["aggregate_winners"] > 0) == ("aggr" in options)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

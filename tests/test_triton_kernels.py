@@ -1,16 +1,21 @@
 """The Triton kernels against float64: compiled where there is a GPU, in Triton's interpreter elsewhere."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
 
 from gas_triton.csr import find_hubs
 from gas_triton.kernels.aggregate import aggregate_ref, aggregate_triton, tile, winners_triton
 from gas_triton.kernels.aggregate_cpu import aggregate_cpu, winners_cpu
 from gas_triton.kernels.dropout import dropout_cpu, dropout_triton, keep_mask
 from gas_triton.kernels.edge_dot import edge_dot_cpu, edge_dot_triton
+from gas_triton.kernels.pull import widen
+from gas_triton.kernels.push import quantize_ref
 from gas_triton.kernels.transpose import transpose_torch
 from tests import blocks as cases
-from tests.blocks import KINDS, make_blocks
+from tests.blocks import KINDS, Blocks, make_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED = torch.tensor([123_456_789_012_345], device=DEVICE)
@@ -24,13 +29,12 @@ def on_device(tensors):
     return [t.to(DEVICE) for t in tensors]
 
 
-def run(blocks, x, table, weight=None, reduce="sum", dropout=0.0, hub_edges=512, with_table=True):
-    inner, outer = on_device(blocks.inner), on_device(blocks.outer) if with_table else []
-    rowptr = inner[0] + outer[0] if outer else inner[0]
-    num_edges = blocks.num_edges if outer else inner[1].numel()
-    hubs = find_hubs(rowptr, num_edges, hub_edges)
+def run(blocks, x, table, weight=None, reduce="sum", dropout=0.0, hub_edges=512, scale=None, staged=False):
+    inner, outer = on_device(blocks.inner), on_device(blocks.outer)
+    hubs = find_hubs(inner[0] + outer[0], blocks.num_edges, hub_edges)
+    seed = SEED if dropout else None
     return aggregate_triton(
-        x, table, weight, inner, outer, [], None, hubs, [], reduce, dropout, SEED if dropout else None, hub_edges
+        x, table, scale, weight, inner, outer, [], None, hubs, [], reduce, dropout, seed, hub_edges, staged
     )
 
 
@@ -54,8 +58,9 @@ def test_every_reduction_on_every_kind_of_graph(kind, reduce, rows):
     assert_as_exact(out, x, table, weight, blocks, reduce)
     if reduce in ("max", "min"):
         expected = aggregate_cpu(
-            x.cpu(), table.cpu(), weight.cpu(), blocks.inner, blocks.outer, [], None, [], [], reduce, 0.0, None, 512
-        )[1]
+            x.cpu(), table.cpu(), None, weight.cpu(), blocks.inner, blocks.outer, [], None, [], [], reduce, 0.0, None,
+            512, False,
+        )[1]  # fmt: skip
         assert torch.equal(winner.cpu(), expected)
 
 
@@ -73,6 +78,97 @@ def test_every_mix_of_dtypes(dtype, table_dtype, rows):
     x, table = rows(blocks, 8, dtype, table_dtype)
     weight = torch.rand(blocks.num_edges, device=DEVICE)
     assert_as_exact(run(blocks, x, table, weight)[0], x, table, weight, blocks)
+
+
+class Stored(NamedTuple):
+    """A history in its storage dtype, and what its rows stand for."""
+
+    blocks: Blocks
+    table: Tensor
+    scale: Tensor | None
+    halo_ids: Tensor
+    values: Tensor
+
+    def rows(self, staged, device):
+        """(table, scale) as the op takes them; in the whole table, rows of no halo node are NaN."""
+        table, scale = self.table.clone(), None if self.scale is None else self.scale.clone()
+        if staged:
+            table, scale = table[self.halo_ids], None if scale is None else scale[self.halo_ids]
+        else:
+            is_halo = torch.zeros(table.size(0), dtype=torch.bool).index_fill(0, self.halo_ids, True)
+            (table if scale is None else scale)[~is_halo] = float("nan")
+        return table.to(device), None if scale is None else scale.to(device)
+
+
+def store(stored, kind="mixed", num_features=6, num_rows=7):
+    blocks = make_blocks(kind, num_rows)
+    halo_ids, slot = torch.unique(blocks.outer[1], return_inverse=True)
+    blocks = blocks._replace(outer=[*blocks.outer, slot.to(torch.int32), halo_ids.long()])
+    # rows of very different size, as a scale a row is for
+    values = torch.randn(blocks.num_table, num_features) * torch.logspace(-2, 2, blocks.num_table)[:, None]
+    table, scale = quantize_ref(values) if stored == torch.int8 else (values.to(stored), None)
+    return Stored(blocks, table, scale, halo_ids.long(), widen(table, scale, torch.float64))
+
+
+TABLES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min"])
+@pytest.mark.parametrize("stored", TABLES)
+def test_every_table_in_place_and_staged(stored, reduce, dropout):
+    history = store(stored)
+    blocks, x = history.blocks, torch.randn(7, 6)
+    weight = torch.randn(blocks.num_edges)
+    results = {}
+    for staged in (False, True):
+        table, scale = history.rows(staged, DEVICE)
+        out = run(blocks, x.to(DEVICE), table, weight.to(DEVICE), reduce, dropout, scale=scale, staged=staged)
+        results["triton", staged] = [t.cpu() for t in out]
+        results["cpu", staged] = aggregate_cpu(
+            x, *history.rows(staged, "cpu"), weight, blocks.inner, blocks.outer, [], None, [], [], reduce, dropout,
+            SEED.cpu() if dropout else None, 512, staged,
+        )  # fmt: skip
+    for out, winner in results.values():
+        assert_as_exact(out, x, history.values, weight, blocks, reduce, dropout, SEED)
+        assert torch.equal(winner, results["cpu", False][1])
+    for how in ("cpu", "triton"):
+        assert torch.equal(results[how, False][0], results[how, True][0])
+
+
+@pytest.mark.parametrize("kind, num_features", [("all_halo", 3), ("one_hub", 5), ("no_edges", 4), ("mixed", 130)])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_int8_tables_of_every_shape(dtype, staged, kind, num_features):
+    history = store(torch.int8, kind, num_features)
+    x, (table, scale) = torch.randn(7, num_features).to(dtype), history.rows(staged, DEVICE)
+    out, _ = run(history.blocks, x.to(DEVICE), table, None, "sum", 0.3, hub_edges=8, scale=scale, staged=staged)
+    assert_as_exact(out, x, history.values, None, history.blocks, "sum", 0.3, SEED)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+def test_edge_dot_of_stored_rows(stored, staged, dropout):
+    history = store(stored, num_features=140)
+    rowptr, col, slot, _ = history.blocks.outer
+    grad, seed = torch.randn(7, 140), SEED if dropout else None
+    right = history.values[col.long()]
+    if dropout:
+        right = right * keep_mask(col, 140, dropout, SEED.cpu()) / (1 - dropout)
+    left = grad.double()[torch.repeat_interleave(torch.arange(7), rowptr.diff().long())]
+    columns = (slot, col) if staged else (col, None)
+    cpu = edge_dot_cpu(
+        grad, *history.rows(staged, "cpu"), rowptr, *columns, None, 0, dropout, None if seed is None else seed.cpu()
+    )
+    columns = [None if t is None else t.to(DEVICE) for t in columns]
+    triton = edge_dot_triton(
+        grad.to(DEVICE), *history.rows(staged, DEVICE), rowptr.to(DEVICE), *columns, None, 0, dropout, seed
+    )
+    # 140 products in float32, each off by a few units
+    bound = 150 * 2.0**-24 * (left * right).abs().sum(1)
+    for out in (cpu, triton.cpu()):
+        assert ((out.double() - (left * right).sum(1)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min"])
@@ -179,14 +275,16 @@ def test_edge_dot(kind, num_features, dropout, rows):
     grad, table = rows(blocks, num_features, torch.float32, torch.bfloat16)
     rowptr, col = on_device(blocks.outer)
     seed = SEED if dropout else None
-    out = edge_dot_triton(grad, table, rowptr, col, None, 0, dropout, seed)
+    out = edge_dot_triton(grad, table, None, rowptr, col, None, None, 0, dropout, seed)
     row = torch.repeat_interleave(torch.arange(4), blocks.outer[0].diff().long())
     right = table.cpu().double()[blocks.outer[1].long()]
     if dropout:
         right = right * keep_mask(blocks.outer[1], num_features, dropout, SEED.cpu()) / (1 - dropout)
     expected = (grad.cpu().double()[row] * right).sum(1)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
-    cpu = edge_dot_cpu(grad.cpu(), table.cpu(), *blocks.outer, None, 0, dropout, None if seed is None else seed.cpu())
+    cpu = edge_dot_cpu(
+        grad.cpu(), table.cpu(), None, *blocks.outer, None, None, 0, dropout, None if seed is None else seed.cpu()
+    )
     torch.testing.assert_close(cpu.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -196,7 +294,7 @@ def test_edge_dot_counts_only_features_that_an_edge_won(rows):
     _, winner = run(blocks, x, table, reduce="max")
     grad = torch.randn(4, 3, device=DEVICE)
     first = blocks.inner[1].numel()
-    args = (*on_device(blocks.outer), winner, first, 0.0, None)
+    args = (None, *on_device(blocks.outer), None, winner, first, 0.0, None)
     row = torch.repeat_interleave(torch.arange(4), blocks.outer[0].diff().long())
     won = winner.cpu()[row] == torch.arange(first, blocks.num_edges)[:, None]
     expected = (grad.cpu()[row] * table.cpu()[blocks.outer[1].long()] * won).sum(1)
@@ -216,15 +314,16 @@ def test_every_output_is_written(rows, poison_empty):
 def test_no_rows_and_no_features():
     empty = [torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(0, dtype=torch.int32, device=DEVICE)]
     out, _ = aggregate_triton(
-        torch.empty(0, 4, device=DEVICE), None, None, empty, [], [], None, [], [], "sum", 0.0, None, 8
+        torch.empty(0, 4, device=DEVICE), None, None, None, empty, [], [], None, [], [], "sum", 0.0, None, 8, False
     )
     assert list(out.shape) == [0, 4]
     assert out.device.type == DEVICE.type
 
 
 def test_tiles_fill_a_warp_with_vectors_of_16_bytes():
-    for itemsize in (2, 4, 8):
+    for itemsize in (1, 2, 4, 8):
         for num_features in (1, 7, 32, 100, 128, 256, 1433):
             block_f, num_rows = tile(num_features, itemsize)
-            assert block_f * num_rows * itemsize == 32 * 16
+            # of int8, with vectors of 8
+            assert block_f * num_rows * itemsize == 32 * (8 if itemsize == 1 else 16)
             assert block_f >= num_features or num_rows == 1

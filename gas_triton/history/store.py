@@ -82,7 +82,10 @@ class HistoryStore:
         self.row_order = batch.row_order
         with torch.no_grad():
             self.clock += 1
-            push_op(self.table, self.last_push, x.detach(), batch.node_ids, batch.spans, self.clock)
+            report = self.clock.new_empty(2)
+            push_op(
+                self.table, None, self.last_push, report, x.detach(), batch.node_ids, batch.spans, self.clock, "allow"
+            )  # fmt: skip
 
     def check(self, x: Tensor, batch: Batch) -> None:
         """Raises TypeError or ValueError if `x` and `batch` do not belong to this history."""
