@@ -75,6 +75,7 @@ class Batch:
         outer_slot: Tensor,
         edge_weight: Tensor | None,
         edge_ids: Callable[[], Tensor],
+        places: Sequence[Tensor] = (),
         hub_edges: int = HUB_EDGES,
     ) -> None:
         self.clusters, self.spans = list(clusters), spans
@@ -91,7 +92,8 @@ class Batch:
         # worth a look while planning, where the host waits anyway: without hubs a layer is one launch instead of three
         has_hubs = self.num_edges > hub_edges and int(rowptr.diff().max()) > hub_edges
         self.hubs = find_hubs(rowptr, self.num_edges, hub_edges) if has_hubs else []
-        self._edge_ids = edge_ids
+        # what `edge_ids` is made from, when it is asked for
+        self._edge_ids, self._places = edge_ids, places
         self._node_tensors: dict[str, Tensor] = {}
         self._x_table: Tensor | None = None
         self._sliced: dict[str, Tensor] = {}
@@ -123,7 +125,11 @@ class Batch:
     def _slice(self, name: str, tensor: Tensor, ids: Tensor) -> Tensor:
         if name not in self._sliced:
             rows = tensor.index_select(0, ids.to(tensor.device))
-            self._sliced[name] = rows.to(self.device, non_blocking=True)
+            if self.device.type == "cuda" and rows.device.type == "cpu":
+                # from pageable memory the copy would wait for the device
+                rows = rows.pin_memory()
+            # to the host the copy has to be over when it is read
+            self._sliced[name] = rows.to(self.device, non_blocking=self.device.type == "cuda")
         return self._sliced[name]
 
     @property
@@ -210,14 +216,36 @@ class Batch:
         """The batch in page-locked host memory."""
         return self._map(lambda t: t.pin_memory())
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Says that a stream reads the batch, so that its memory is not given away while it does."""
+        plan = [self.node_ids, self.halo_ids, *self.inner, *self.outer, self.outer_slot, *self.hubs, *self._places]
+        for tensor in (*plan, self.edge_weight, self._made.get("all_ids"), *self._sliced.values()):
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(stream)
+
+    @property
+    def host_halo_ids(self) -> Tensor:
+        """`halo_ids` on the CPU."""
+        return self._once("host_halo_ids", self.halo_ids.cpu)
+
+    def load(self) -> Batch:
+        """Brings node tensors that live on another device to the batch's, now instead of at their first use."""
+        for name, tensor in self._node_tensors.items():
+            if tensor.device != self.device:
+                self._slice(name, tensor, self.node_ids)
+        if self._x_table is not None and self._x_table.device != self.device:
+            self._slice("x", self._x_table, self.all_ids)
+        return self
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        sliced = {name: move(getattr(self, name)) for name in self._node_tensors}
-        if self._x_table is not None:
-            sliced["x"] = move(self.x)
+        # what lives elsewhere, perhaps where the batch goes, is sliced there
+        tables = {**self._node_tensors, **({} if self._x_table is None else {"x": self._x_table})}
+        here = [name for name, table in tables.items() if name in self._sliced or table.device == self.device]
+        sliced = {name: move(getattr(self, name)) for name in here}
         edge_ids = self._edge_ids
         batch = copy.copy(self)
         batch._sliced, batch._made = sliced, {}
-        batch._edge_ids = lambda: move(edge_ids())
+        batch._edge_ids, batch._places = lambda: move(edge_ids()), ()
         batch.node_ids, batch.halo_ids = move(self.node_ids), move(self.halo_ids)
         batch.inner, batch.outer = Csr(*map(move, self.inner)), Csr(*map(move, self.outer))
         batch.outer_slot = move(self.outer_slot)
@@ -302,7 +330,7 @@ class Planner:
         return Batch(
             graph=graph, clusters=clusters, spans=torch.tensor(spans), node_ids=node_ids, halo_ids=halo_ids,
             inner=Csr(inner_rowptr, inner_col), outer=Csr(rowptr - inner_rowptr, outer_col), outer_slot=outer_slot,
-            edge_weight=weight, edge_ids=edge_ids, hub_edges=self.hub_edges,
+            edge_weight=weight, edge_ids=edge_ids, places=(inner_place, outer_place), hub_edges=self.hub_edges,
         )  # fmt: skip
 
     def _rowptr(self, spans: Ranges, edges: Ranges) -> Tensor:

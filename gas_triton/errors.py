@@ -6,3 +6,7 @@ class MissingPackageError(ImportError, ValueError):
 
     A ValueError too, as bad input is everywhere else: what was asked for cannot be had with what is installed.
     """
+
+
+class NonFiniteError(ValueError):
+    """Rows that a layer gave to its history hold NaN or infinity, or overflow the history's dtype."""

@@ -67,6 +67,8 @@ class ClusterLoader:
         self._ptr = parts.ptr.tolist()
         self._edge_ptr = graph.rowptr[parts.ptr.to(graph.device)].tolist()
         self._planned: dict[tuple[int, ...], Batch] = {}
+        # plans made so far
+        self.num_planned = 0
 
     def __len__(self) -> int:
         return -(-self.parts.num_parts // self.batch_size)
@@ -93,6 +95,7 @@ class ClusterLoader:
                 raise ValueError(f"clusters must be in [0, {self.parts.num_parts}), got {cluster}")
         spans = [(self._ptr[cluster], self._ptr[cluster + 1]) for cluster in clusters]
         edges = [(self._edge_ptr[cluster], self._edge_ptr[cluster + 1]) for cluster in clusters]
+        self.num_planned += 1
         batch = self._planner.plan(clusters, spans, edges)
         if not self.shuffle or self.batch_size == 1:
             self._planned[key] = batch

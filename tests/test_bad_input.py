@@ -349,7 +349,7 @@ def test_aggregate(options: dict[str, Any], error: type[Exception], message: str
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"tier": "disk"}, ValueError, "tier must be one of 'device'.*, got 'disk'"),
+        ({"tier": "disk"}, ValueError, "tier must be one of 'auto', 'device', 'pinned', 'file', got 'disk'"),
         ({"layers": ["convs.1", "head"]}, ValueError, r"layers must be among \['convs.0', .*\], got \['head'\]"),
         ({"dtype": torch.int32}, TypeError, "convs.1: dtype must be float32, .* got torch.int32"),
         ({"num_nodes": 30.0}, TypeError, "num_nodes must be an int, got float"),

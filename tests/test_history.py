@@ -248,6 +248,14 @@ def changed_state(change: str, state: dict[str, Any]) -> dict[str, Any]:
         last["table"] = last["table"].bfloat16()
     elif change == "order":
         last["row_order"] = "permuted-elsewhere"
+    elif change == "live":
+        last["clock"] = 1
+    elif change == "clock":
+        last["clock"] = -1
+    elif change == "sparse":
+        last["table"] = last["table"].to_sparse()
+    elif change == "scale":
+        last["scale"] = torch.ones(30)
     elif change == "times":
         last["last_push"] = torch.zeros(1, dtype=torch.int32)
     return {**state, "conv3": last}
@@ -262,7 +270,14 @@ def changed_state(change: str, state: dict[str, Any]) -> dict[str, Any]:
         ("nodes", r"conv3: the state holds torch.float64 \[31, 7\]"),
         ("dtype", r"conv3: the state holds torch.bfloat16 \[30, 7\]"),
         ("order", "conv3: the state holds rows in the order permuted-elsewhere but this history's graph has permuted-"),
-        ("times", r"conv3: the state's last_push has shape \[1\], expected \[30\]"),
+        (
+            "live",
+            r"conv3: the state's last_push goes from 1 to 3 but its clock is 1: it was changed",
+        ),
+        ("clock", r"conv3: the state's clock must be in \[0, 2\*\*31\), got -1"),
+        ("sparse", "conv3: the state's table is torch.sparse_coo on cpu, expected rows"),
+        ("scale", "conv3: the state has a scale but the history has no scale"),
+        ("times", r"conv3: the state's last_push is torch.int32 \[1\], expected torch.int32 \[30\]"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(change: str, message: str) -> None:

@@ -358,6 +358,21 @@ def test_to_moves_the_plan_and_the_sliced_tensors() -> None:
         _ = moved.features
 
 
+def test_node_tensors_that_live_where_the_batch_goes_are_sliced_there() -> None:
+    loader = make_loader(batch_size=2)
+    table = torch.empty(loader.graph.num_nodes, 3, device="meta")
+    batch = loader.batch([0, 1]).with_tensors(None, {"y": table, "mine": torch.arange(loader.graph.num_nodes)})
+    moved = batch.to("meta")
+    assert list(moved._sliced) == ["mine"]
+    assert moved.y.shape == (batch.num_nodes, 3)
+
+
+def test_record_stream_makes_nothing() -> None:
+    batch = make_loader(batch_size=2, x=torch.randn(30, 4)).batch([0, 1])
+    batch.record_stream(torch.Stream(device="cpu"))
+    assert batch._sliced == {}
+
+
 @pytest.mark.gpu
 def test_plans_made_on_the_gpu_and_pinned_plans_are_equal() -> None:
     graph, parts = partitioned(GRAPHS["weighted_directed"])

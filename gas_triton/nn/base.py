@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gas_triton import functional
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, Reduce
+from gas_triton.functional import Features, Quantized, Reduce
 from gas_triton.history import HistoryStore, ReadsHistory
 
 Halo = Literal["read", "drop"]
@@ -19,19 +19,19 @@ Halo = Literal["read", "drop"]
 
 @dataclass(frozen=True)
 class Source:
-    """The rows that a layer aggregates: in-batch (and halo) rows, and the table that holds the halo if they do not."""
+    """The rows that a layer aggregates: in-batch (and halo) rows, and what holds the halo if they do not."""
 
     x: Tensor | Features
     batch: Batch
     halo: Halo
-    table: Tensor | None = None
+    history: Tensor | Quantized | None = None
     history_dropout: float = 0.0
     seed: Tensor | None = None
 
     def aggregate(self, reduce: Reduce, edge_weight: Tensor | None = None) -> Tensor:
         """The neighbours' rows, reduced, [B, F]."""
         return functional.aggregate(
-            self.x, self.batch, self.table, reduce, edge_weight=edge_weight, halo=self.halo,
+            self.x, self.batch, self.history, reduce, edge_weight=edge_weight, halo=self.halo,
             history_dropout=self.history_dropout, seed=self.seed,
         )  # fmt: skip
 
@@ -49,9 +49,9 @@ class Source:
             return self.in_batch()
         if isinstance(self.x, Features):
             return self.x.rows()
-        if self.table is None or self.batch.num_halo == 0:
+        if self.history is None or self.batch.num_halo == 0:
             return self.x
-        halo = functional.halo_rows(self.table, self.batch, self.x.dtype, self.history_dropout, self.seed)
+        halo = functional.halo_rows(self.history, self.batch, self.x.dtype, self.history_dropout, self.seed)
         return torch.cat([self.x, halo])
 
     def is_cheaper_transformed(self, in_channels: int, out_channels: int) -> bool:
@@ -61,7 +61,7 @@ class Source:
         reads one output row an edge. Halo rows read in place are never copied for it: gathering them straight from the
         table, whose rows stay in the cache, is several times faster than any saving.
         """
-        if self.table is not None or isinstance(self.x, Features):
+        if self.history is not None or isinstance(self.x, Features):
             return False
         rows, num_edges = self.x.size(0), self.batch.num_edges
         return rows * (in_channels + out_channels) + num_edges * out_channels < num_edges * in_channels
@@ -106,17 +106,13 @@ class HistoryLayer(nn.Module, ReadsHistory):
             seed = functional.draw_seed(batch.device)
             rows = functional.dropout(x.in_batch(), batch, p, seed)
             return Source(rows, batch, self.halo, x.table, p, seed)
-        table = None
+        history = None
         if self.history is not None and x.size(0) == batch.num_nodes:
-            if self.training:
-                self.history.push(x, batch)
-            if batch.num_halo > 0:
-                self.history.check(x, batch)
-                table = self.history.table
+            history = self.history.exchange(x, batch, push=self.training, read=self.halo == "read")
         if p == 0.0:
-            return Source(x, batch, self.halo, table)
+            return Source(x, batch, self.halo, history)
         seed = functional.draw_seed(batch.device)
-        return Source(functional.dropout(x, batch, p, seed), batch, self.halo, table, p, seed)
+        return Source(functional.dropout(x, batch, p, seed), batch, self.halo, history, p, seed)
 
     def _check(self, x: Any, batch: Batch) -> None:
         # before anything is pushed
