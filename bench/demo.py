@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import torch
 
-from gas_triton.cli import cache_folder, mebibytes, progress, table
+from gas_triton.cli import cache_folder, progress
 from gas_triton.datasets import Dataset, generate
 from gas_triton.doctor import device_name
+from gas_triton.text import mebibytes, table
 from gas_triton.training import Result, TrainConfig, train
 
 SEED = 0

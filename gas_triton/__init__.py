@@ -2,7 +2,8 @@
 
 from gas_triton import datasets, functional, models, nn
 from gas_triton.batch import Batch
-from gas_triton.errors import MissingPackageError
+from gas_triton.checkpoint import load_checkpoint, save_checkpoint
+from gas_triton.errors import MissingPackageError, NonFiniteError
 from gas_triton.functional import Features
 from gas_triton.graph import Graph
 from gas_triton.history import Histories, HistoryStore, attach_histories
@@ -20,14 +21,17 @@ __all__ = [
     "Histories",
     "HistoryStore",
     "MissingPackageError",
+    "NonFiniteError",
     "Partition",
     "attach_histories",
     "contiguous_partition",
     "datasets",
     "functional",
     "inference",
+    "load_checkpoint",
     "metis",
     "models",
     "nn",
     "random_partition",
+    "save_checkpoint",
 ]

@@ -8,11 +8,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gas_triton.text import mebibytes, table
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
     from gas_triton.datasets import Dataset
     from gas_triton.training import EpochRecord, Result, TrainConfig
 
-__all__ = ["main", "mebibytes", "progress", "table"]
+__all__ = ["main", "progress"]
 
 INTERRUPTED = 130
 FLAT_KEYS = (
     "test_acc", "val_acc", "train_loss", "epoch_seconds", "peak_bytes", "num_parameters", "history_bytes", "best_epoch",
-    "interrupted",
+    "transfers", "interrupted",
 )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gas-triton: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError, MemoryError) as error:
         if args.debug:
             raise
         print(f"gas-triton: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -63,10 +65,14 @@ def _train(args: argparse.Namespace) -> int:
         model=args.model, layers=args.layers, hidden=args.hidden, dropout=args.dropout, lr=args.lr,
         weight_decay=args.weight_decay, grad_norm=args.grad_norm, epochs=args.epochs, eval_every=args.eval_every,
         num_parts=args.num_parts, batch_size=args.batch_size, partition=args.partition, full_batch=args.full_batch,
-        history_dtype=args.history_dtype, seed=args.seed,
+        history_dtype=args.history_dtype, history_tier=args.history_tier, history_folder=args.history_folder,
+        nonfinite=args.nonfinite, prefetch_order=args.prefetch_order, seed=args.seed,
     )  # fmt: skip
-    if args.json is not None and not (args.json.parent.is_dir() and not args.json.is_dir()):
-        raise ValueError(f"--json must name a file in a folder that exists, got {args.json}")
+    for flag, file in (("--json", args.json), ("--profile", args.profile)):
+        if file is not None and not (file.parent.is_dir() and not file.is_dir()):
+            raise ValueError(f"{flag} must name a file in a folder that exists, got {file}")
+    if args.resume and args.checkpoint is None:
+        raise ValueError("--resume needs --checkpoint, the folder to resume from")
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = None if args.no_cache else args.cache or cache_folder()
     result = Result(interrupted=True)
@@ -74,11 +80,17 @@ def _train(args: argparse.Namespace) -> int:
         dataset = _load(args)
         _say(args, repr(dataset))
         with progress(config.epochs, args.quiet) as on_epoch:
-            result = train(dataset, config, on_epoch, device=device, cache=cache)
+            result = train(
+                dataset, config, on_epoch, device=device, cache=cache, checkpoint=args.checkpoint,
+                checkpoint_every=args.checkpoint_every, resume=args.resume, profile=args.profile,
+                say=lambda line: _say(args, line),
+            )  # fmt: skip
     except KeyboardInterrupt:
         pass  # before the first epoch: the result says that nothing was reached
     if args.json is not None:
         args.json.write_text(json.dumps(_report(args, config, result, device), indent=2) + "\n")
+    if args.profile is not None:
+        _say(args, _transfers(result.transfers))
     print(_summary(result))
     return INTERRUPTED if result.interrupted else 0
 
@@ -92,19 +104,31 @@ def _report(args: argparse.Namespace, config: TrainConfig, result: Result, devic
 
 
 def _finite(value: Any) -> Any:
-    """`value`, or None for a number that JSON does not have."""
+    """`value`, with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary(result: Result) -> str:
-    if result.test_acc is None or result.peak_bytes is None:
+    if result.test_acc is None:
         return f"interrupted after {len(result.epochs)} epochs, before the first evaluation"
+    peak = "memory not measured" if result.peak_bytes is None else f"{mebibytes(result.peak_bytes)} a step at most"
     history = f" + {mebibytes(result.history_bytes or 0)} histories" if result.history_bytes else ""
     state = f"interrupted after {len(result.epochs)} epochs: " if result.interrupted else ""
     return (
         f"{state}test {result.test_acc:.4f} (validation {result.val_acc:.4f}, epoch {result.best_epoch}), "
-        f"{result.epoch_seconds:.3f} s an epoch, {mebibytes(result.peak_bytes)} a step at most{history}, "
-        f"{result.num_parameters} parameters"
+        f"{result.epoch_seconds:.3f} s an epoch, {peak}{history}, {result.num_parameters} parameters"
+    )
+
+
+def _transfers(stats: Mapping[str, Any] | None) -> str:
+    if stats is None or stats["hidden_fraction"] is None:
+        return "transfers: nothing was pulled from histories"
+    return (
+        f"transfers: {stats['pulls']} pulls of {mebibytes(stats['pull_bytes'])} in {stats['pull_seconds']:.3f} s, "
+        f"{stats['hidden_fraction']:.1%} of it hidden and {stats['exposed_seconds']:.3f} s waited for, "
+        f"{stats['misses']} misses; {stats['pushes']} pushes of {mebibytes(stats['push_bytes'])}"
     )
 
 
@@ -146,20 +170,6 @@ def _doctor(args: argparse.Namespace) -> int:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text with one line a row, columns aligned to the right except the first."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
-
-
-def mebibytes(nbytes: int) -> str:
-    """Bytes for a reader: `12.3 MiB`."""
-    return f"{nbytes / 2**20:.1f} MiB"
-
-
 @contextmanager
 def progress(epochs: int, quiet: bool = False, label: str = "training") -> Iterator[Callable[[EpochRecord], None]]:
     """A progress bar over epochs; gives what `train` takes as `on_epoch`.
@@ -178,6 +188,8 @@ def progress(epochs: int, quiet: bool = False, label: str = "training") -> Itera
             if record.val_acc is not None:
                 shown["val"] = f"{record.val_acc:.4f}"
             bar.set_postfix(shown, refresh=False)
+            if record.epoch > bar.n + 1:
+                bar.initial = bar.n = record.epoch - 1  # the epochs before a resume took none of this run's time
             bar.update()
 
         try:
@@ -185,6 +197,7 @@ def progress(epochs: int, quiet: bool = False, label: str = "training") -> Itera
         except Exception:
             bar.leave = False  # an error message stands alone
             raise
+        bar.leave = bar.n > 0  # a resumed run may have nothing left to train
 
 
 def cache_folder() -> Path:
@@ -205,9 +218,18 @@ def _load(args: argparse.Namespace) -> Dataset:
     return generate(**size)
 
 
+def _path(text: str) -> Path:
+    """An argument that names a file or folder: an empty one, as of a shell variable that is not set, does not."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def _say(args: argparse.Namespace, line: str) -> None:
+    from tqdm import tqdm
+
     if not args.quiet:
-        print(line)
+        tqdm.write(line)  # above a bar that is being drawn
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[data, common], help="train a model and report its test accuracy")
     train.set_defaults(run=_train)
-    options: list[tuple[str, type, Any, str]] = [
+    options: list[tuple[str, Callable[[str], Any], Any, str]] = [
         ("--model", str, "gcn", "gcn, sage or gin"),
         ("--layers", int, 2, "layers"),
         ("--hidden", int, 64, "width between layers"),
@@ -240,15 +262,28 @@ def _parser() -> argparse.ArgumentParser:
         ("--partition", str, "metis", "metis or random"),
         ("--epochs", int, 100, "epochs"),
         ("--eval-every", int, 1, "epochs between evaluations"),
-        ("--history-dtype", str, "float32", "float32, bfloat16 or float16"),
+        ("--history-dtype", str, "float32", "float32, bfloat16, float16 or int8"),
+        ("--history-tier", str, "device", "where histories live: device, pinned, file or auto"),
+        ("--history-folder", str, None, "folder for the files of --history-tier file"),
+        ("--nonfinite", str, "raise", "what a NaN or Inf in a history does: raise, warn, skip or allow"),
+        (
+            "--prefetch-order",
+            str,
+            "strict",
+            "strict reads what the batch before has pushed, stale what was there before",
+        ),
         ("--device", str, None, "cpu, cuda or cuda:N (default: a GPU if there is one)"),
         ("--cache", Path, None, "folder that keeps METIS partitions (default: ~/.cache/gas_triton)"),
-        ("--json", Path, None, "file for the result"),
+        ("--json", _path, None, "file for the result"),
+        ("--checkpoint", _path, None, "folder for a checkpoint, which a later one replaces"),
+        ("--checkpoint-every", int, 1, "epochs between checkpoints"),
+        ("--profile", _path, None, "file for a trace of one epoch, for chrome://tracing or Perfetto"),
     ]
     for flag, kind, default, text in options:
         text = text if default is None else f"{text} (default: %(default)s)"
         train.add_argument(flag, type=kind, default=default, help=text)
     train.add_argument("--full-batch", action="store_true", help="train on the whole graph at once")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     train.add_argument("--no-cache", action="store_true", help="compute the partition anew, and do not keep it")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 

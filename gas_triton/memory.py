@@ -67,12 +67,12 @@ def peak_bytes(device: torch.device | str) -> Iterator[Peak]:
             profile_memory=True,
             acc_events=True,  # older torch warns without it, though there is one cycle only
         )
-        with _without_log():
+        with without_log():
             profiler.start()
         try:
             yield peak
         finally:
-            with _without_log():
+            with without_log():
                 profiler.stop()
             peak.nbytes = _highest(_allocations(profiler))
     else:
@@ -108,7 +108,7 @@ def _highest(events: list[tuple[int, int, int]]) -> int:
 
 
 @contextmanager
-def _without_log() -> Iterator[None]:
+def without_log() -> Iterator[None]:
     """Keeps the profiler's tracing library, which reads its log level when it first starts, from writing to stderr."""
     name = "KINETO_LOG_LEVEL"
     if name in os.environ:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,158 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gas_triton.batch import Batch
+from gas_triton.checkpoint import lock_folder
 from gas_triton.datasets import Dataset
 from gas_triton.graph import Graph
 from gas_triton.history import Histories, attach_histories
 from gas_triton.inference import inference
 from gas_triton.loader import ClusterLoader
-from gas_triton.memory import peak_bytes
+from gas_triton.memory import peak_bytes, without_log
 from gas_triton.models import MODELS, Stack
 from gas_triton.nn.base import Halo, HistoryLayer
 from gas_triton.partition import metis, random_partition
+from gas_triton.training_checkpoint import Saver, identity
+from gas_triton.training_config import HISTORY_DTYPES, PARTITIONS, EpochRecord, Result, TrainConfig
 
 __all__ = ["HISTORY_DTYPES", "PARTITIONS", "EpochRecord", "Result", "TrainConfig", "find_device", "train"]
 
-PARTITIONS = {"metis": metis, "random": random_partition}
-HISTORY_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Models whose layers expect the graph of Kipf and Welling; all others take it as it is.
 _NORMALIZED = {"GCN"}
 # `F.cross_entropy` leaves rows of this class out.
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What `train` does; together with the dataset it determines the result.
-
-    Attributes:
-        model: a name in `gas_triton.models.MODELS`, in any case.
-        layers: L.
-        hidden: width between layers.
-        dropout: probability, on the input of every layer.
-        model_options: further arguments of the model (`batch_norm`, `residual`, `linear`, `drop_input`, ...).
-        lr: learning rate of Adam.
-        weight_decay: of all parameters but the last layer's (`Stack.reg_parameters`).
-        weight_decay_last: of the last layer's.
-        grad_norm: gradients are scaled down to this norm; None leaves them.
-        epochs: epochs to train.
-        eval_every: epochs between two evaluations; the last epoch is always evaluated.
-        num_parts: clusters of the partition.
-        batch_size: clusters of a batch.
-        partition: "metis" or "random".
-        partition_seed: seed of the partition, apart from `seed` so that runs can share one.
-        full_batch: trains on the whole graph at once; the partition then only orders the rows.
-        histories: False leaves out-of-batch neighbours out while training (Cluster-GCN, Chiang et al., KDD 2019).
-        history_dtype: storage dtype of the histories: float32, bfloat16 or float16.
-        host_features: keeps x in host memory, so that each batch copies the rows it reads to the device.
-        max_steps: most batches of an epoch; None takes all.
-        seed: of the parameters, the dropout masks and the order of the batches.
-
-    Raises:
-        ValueError: an unknown model, partition or dtype, or a number out of range.
-    """
-
-    model: str = "GCN"
-    layers: int = 2
-    hidden: int = 64
-    dropout: float = 0.5
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    lr: float = 0.01
-    weight_decay: float = 0.0
-    weight_decay_last: float = 0.0
-    grad_norm: float | None = None
-    epochs: int = 100
-    eval_every: int = 1
-    num_parts: int = 40
-    batch_size: int = 10
-    partition: str = "metis"
-    partition_seed: int = 0
-    full_batch: bool = False
-    histories: bool = True
-    history_dtype: str = "float32"
-    host_features: bool = False
-    max_steps: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        known: dict[str, Iterable[str]] = {"model": MODELS, "partition": PARTITIONS, "history_dtype": HISTORY_DTYPES}
-        for name, choices in known.items():
-            given = getattr(self, name)
-            spelling = {choice.lower(): choice for choice in choices}
-            if not isinstance(given, str) or given.lower() not in spelling:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
-            object.__setattr__(self, name, spelling[given.lower()])
-        for name in ("layers", "hidden", "epochs", "eval_every", "num_parts", "batch_size", "max_steps"):
-            count = getattr(self, name)
-            if count is None and name == "max_steps":
-                continue
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name} must be a positive int, got {count!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name in ("lr", "weight_decay", "weight_decay_last", "grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch.
-
-    Attributes:
-        epoch: counted from 1.
-        train_loss: mean over the training nodes, each at the step that trained on it.
-        seconds: of the training steps, evaluation excluded.
-        val_acc: accuracy (micro-F1 for multi-label data) of the validation nodes in [0, 1]; None if not evaluated.
-        test_acc: of the test nodes.
-    """
-
-    epoch: int
-    train_loss: float
-    seconds: float
-    val_acc: float | None = None
-    test_acc: float | None = None
-
-
-@dataclass
-class Result:
-    """What a run reached; None where it ended before there was a value.
-
-    Attributes:
-        test_acc: accuracy (micro-F1 for multi-label data) of the test nodes at `best_epoch`, in [0, 1].
-        val_acc: of the validation nodes there.
-        best_epoch: the first evaluated epoch with the highest `val_acc`.
-        train_loss: of the last epoch.
-        epoch_seconds: median over the epochs, without the first if there are more: it is slower, because kernels are
-            compiled and memory is measured.
-        peak_bytes: most bytes that a training step allocates at once beyond what stays allocated between steps (graph,
-            features, parameters, optimizer state, histories), over the steps of the first epoch; see
-            `gas_triton.memory.peak_bytes`.
-        history_bytes: of the history tables.
-        num_parameters: trained values of the model.
-        interrupted: whether Ctrl-C ended the run.
-        epochs: a record for each epoch that was completed.
-    """
-
-    test_acc: float | None = None
-    val_acc: float | None = None
-    best_epoch: int | None = None
-    train_loss: float | None = None
-    epoch_seconds: float | None = None
-    peak_bytes: int | None = None
-    history_bytes: int | None = None
-    num_parameters: int | None = None
-    interrupted: bool = False
-    epochs: list[EpochRecord] = field(default_factory=list)
-
-    def add(self, record: EpochRecord) -> None:
-        """Takes an epoch into account."""
-        self.epochs.append(record)
-        self.train_loss = record.train_loss
-        self.epoch_seconds = statistics.median([r.seconds for r in self.epochs][min(1, len(self.epochs) - 1) :])
-        if record.val_acc is not None and (self.val_acc is None or record.val_acc > self.val_acc):
-            self.val_acc, self.test_acc, self.best_epoch = record.val_acc, record.test_acc, record.epoch
 
 
 def train(
@@ -177,6 +44,11 @@ def train(
     *,
     device: torch.device | str = "cpu",
     cache: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
+    resume: bool = False,
+    profile: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains a model on a dataset and reports the test accuracy at the best validation epoch.
 
@@ -185,36 +57,83 @@ def train(
     refreshes its rows of the histories. Evaluation reads no history: every neighbour is fresh.
 
     The same arguments give the same numbers (times excepted), whatever state torch's generators are in, and the
-    generators are left as they were. Ctrl-C ends the run after the last completed epoch.
+    generators are left as they were. So does a run that ended early and was resumed, with any number of `epochs`: an
+    evaluation that `eval_every` does not ask for, made because the epoch was the last, is then left out of the result.
+
+    Ctrl-C ends the run after the last completed epoch. Within an epoch it leaves the newest checkpoint as it is: the
+    model and the tables have changed since the last epoch ended.
 
     Args:
         dataset: the graph, its features, labels and split.
         config: the model and how to train it.
-        on_epoch: called after each epoch.
-        device: where the graph, the model and the histories live.
+        on_epoch: called after each epoch that this call trains.
+        device: where the graph and the model live.
         cache: folder that keeps METIS partitions; None computes anew.
+        checkpoint: folder for a checkpoint, which a later one replaces (see `gas_triton.checkpoint`); None keeps none.
+        checkpoint_every: epochs between two checkpoints; the last epoch always makes one.
+        resume: goes on from the checkpoint, or starts from the beginning where there is none.
+        profile: file for a trace of the second epoch that this call trains (of the first if there is only one), which
+            chrome://tracing and Perfetto show. A single epoch on a CPU is traced instead of measured: `peak_bytes` is
+            None.
+        say: called with lines about where the run starts and where its histories live.
 
     Returns:
-        What was reached.
+        What was reached, by the epochs before a resume too.
 
     Raises:
-        ValueError: more parts than nodes, a mask of the split without a node, or a device that is not there.
+        ValueError: more parts than nodes, a mask of the split without a node, a device that is not there, a checkpoint
+            where `resume` was not asked for, or one of another config or other data.
+        OSError: a checkpoint cannot be saved; the one before it is intact.
     """
     device = find_device(device)
-    with _seeded(config.seed, device):
-        run = _Run(dataset, config, device, cache)
-        num_parameters = sum(p.numel() for p in run.model.parameters())
-        result = Result(num_parameters=num_parameters, history_bytes=run.histories.nbytes)
+    if not isinstance(checkpoint_every, int) or isinstance(checkpoint_every, bool) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be a positive int, got {checkpoint_every!r}")
+    if resume and checkpoint is None:
+        raise ValueError("resume needs checkpoint, the folder to resume from, got None")
+    if profile is not None:
+        _check_trace(Path(profile))
+    say = say or (lambda line: None)
+    with ExitStack() as stack:
+        stack.enter_context(_seeded(config.seed, device))
+        saver = None
+        if checkpoint is not None:
+            stack.enter_context(lock_folder(checkpoint))
+            saver = Saver(Path(checkpoint), checkpoint_every, identity(dataset, config, device))
+            saver.open(config, resume, say)
+            if saver.epoch == config.epochs:
+                if profile is not None:
+                    say(f"no epoch is left to trace: {profile} was not written")
+                return saver.result(config)
+        run = _Run(dataset, config, device, cache, resume)
+        stack.callback(run.close)
+        if resume and saver is not None and saver.epoch == 0:
+            # a folder may hold the tables of a run that ended before it saved
+            run.histories.reset()
+        result = Result() if saver is None else saver.restore(run)
+        result.num_parameters = sum(p.numel() for p in run.model.parameters())
+        result.history_bytes = run.histories.nbytes
+        if run.histories and config.history_tier != "device":
+            say(run.histories.summary())
+        first = len(result.epochs) + 1
+        traced = None if profile is None else min(first + 1, config.epochs)
         try:
-            for epoch in range(1, config.epochs + 1):
-                record, peak = run.epoch(epoch)
-                if result.peak_bytes is None:
-                    result.peak_bytes = peak
+            for epoch in range(first, config.epochs + 1):
+                # on a CPU both are torch's profiler, which runs once at a time
+                measure = result.peak_bytes is None and not (epoch == traced and device.type == "cpu")
+                with nullcontext() if profile is None or epoch != traced else _trace(profile, device):
+                    record, peak = run.epoch(epoch, measure)
+                result.peak_bytes = peak if measure else result.peak_bytes
                 result.add(record)
+                if saver is not None:
+                    saver.save_after_epoch(run, result)
                 if on_epoch is not None:
                     on_epoch(record)
         except KeyboardInterrupt:
             result.interrupted = True
+            if saver is not None and run.begun == len(result.epochs) > saver.epoch:
+                with suppress(KeyboardInterrupt):
+                    saver.save(run, result)
+        result.transfers = run.transfers()
         return result
 
 
@@ -222,7 +141,12 @@ class _Run:
     """The state of a run."""
 
     def __init__(
-        self, dataset: Dataset, config: TrainConfig, device: torch.device, cache: str | os.PathLike[str] | None
+        self,
+        dataset: Dataset,
+        config: TrainConfig,
+        device: torch.device,
+        cache: str | os.PathLike[str] | None,
+        resume: bool = False,
     ) -> None:
         self.config, self.device, self.multi_label = config, device, dataset.multi_label
         for name in ("train_mask", "val_mask", "test_mask"):
@@ -241,7 +165,12 @@ class _Run:
         if config.full_batch:
             self.full = self.loader.full()
         elif config.histories:
-            self.histories = attach_histories(self.model, dataset.num_nodes, dtype=HISTORY_DTYPES[config.history_dtype])
+            self.histories = attach_histories(
+                self.model, dataset.num_nodes, config.history_tier, HISTORY_DTYPES[config.history_dtype],
+                nonfinite=config.nonfinite, path=config.history_folder,
+                reopen=resume and config.history_folder is not None,
+            )  # fmt: skip
+        self.begun = 0
         self.optimizer = torch.optim.Adam(
             [
                 {"params": self.model.reg_parameters, "weight_decay": config.weight_decay},
@@ -250,15 +179,18 @@ class _Run:
             lr=config.lr,
         )
 
-    def epoch(self, epoch: int) -> tuple[EpochRecord, int]:
-        """The record of an epoch, and the most bytes of a step, which only the first epoch measures."""
+    def epoch(self, epoch: int, measure: bool = False) -> tuple[EpochRecord, int]:
+        """The record of an epoch, and the most bytes of a step if that is measured."""
+        self.begun = epoch
         self.model.train()
         self._set_halo("read" if self.config.histories else "drop")
-        loss, seconds, peak = self._train_epoch(measure=epoch == 1)
+        with torch.profiler.record_function("train"):
+            loss, seconds, peak = self._train_epoch(measure)
         self._set_halo("read")
         record = EpochRecord(epoch, loss, seconds)
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
-            val_acc, test_acc = self._evaluate()
+            with torch.profiler.record_function("evaluate"):
+                val_acc, test_acc = self._evaluate()
             record = EpochRecord(epoch, loss, seconds, val_acc, test_acc)
         return record, peak
 
@@ -285,7 +217,8 @@ class _Run:
         """The batches of an epoch, and how many of them to take."""
         if self.full is not None:
             return iter([self.full]), 1
-        return self.histories.prefetch(self.loader), min(len(self.loader), self.config.max_steps or len(self.loader))
+        batches = self.histories.prefetch(self.loader, order=self.config.prefetch_order)
+        return batches, min(len(self.loader), self.config.max_steps or len(self.loader))
 
     def _num_labelled(self, batch: Batch) -> int:
         return sum(self.labelled) if batch is self.full else sum(self.labelled[cluster] for cluster in batch.clusters)
@@ -328,6 +261,15 @@ class _Run:
         scores = [score(logits[tensors[mask]], tensors["y"][tensors[mask]]) for mask in ("val_mask", "test_mask")]
         val_acc, test_acc = torch.stack(scores).tolist()
         return val_acc, test_acc
+
+    def transfers(self) -> dict[str, Any] | None:
+        """What the histories copied, None where layers read and write them in place."""
+        stats = self.histories.transfer_stats()
+        return stats if stats["pushes"] else None
+
+    def close(self) -> None:
+        """Gives back what the histories hold besides memory."""
+        self.histories.close()
 
     def _set_halo(self, halo: Halo) -> None:
         for module in self.model.modules():
@@ -372,6 +314,40 @@ def find_device(device: torch.device | str) -> torch.device:
     if found is None or str(found) not in known:
         raise ValueError(f"device must be one of {', '.join(known)} on this machine, got {str(device)!r}")
     return found
+
+
+@contextmanager
+def _trace(file: str | os.PathLike[str], device: torch.device) -> Iterator[None]:
+    """Writes a Chrome trace of the block, if it ends well."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with without_log(), torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        yield
+    # beside it first: the profiler does not say that it could not write
+    draft = Path(f"{os.fspath(file)}.part")
+    try:
+        profiler.export_chrome_trace(str(draft))
+        with open(draft, "rb") as written:
+            written.seek(-64, os.SEEK_END)
+            is_whole = written.read().rstrip().endswith(b"}")
+        if not is_whole:
+            raise OSError(f"{draft} is not whole")
+        os.replace(draft, file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(f"the trace was not written to {file}: {error}") from error
+
+
+def _check_trace(file: Path) -> None:
+    """Raises ValueError or OSError, before anything is trained, for a file that no trace can be written to."""
+    if not file.parent.is_dir() or file.is_dir() or not file.name:
+        raise ValueError(f"profile must name a file in a folder that exists, got {str(file)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"profile: {file.parent} cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import gas_triton
-from gas_triton import cli, doctor
+from gas_triton import cli, doctor, training
 from gas_triton.datasets import generate, load
 from gas_triton.training import TrainConfig, train
 
@@ -127,7 +128,108 @@ def test_partitions_are_kept_in_the_cache(tmp_path: Path) -> None:
     assert [path.name for path in own.iterdir()] == [path.name for path in default.iterdir()]
 
 
+def test_a_run_is_resumed_by_the_same_command_with_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, json_file = tmp_path / "run", tmp_path / "run.json"
+    run = [*TRAIN, "--epochs", "4", "--json", str(json_file)]
+
+    def written() -> dict[str, Any]:
+        fields = json.loads(json_file.read_text())
+        assert fields.pop("epoch_seconds") > 0
+        return fields
+
+    assert cli.main([*run, "--quiet"]) == 0
+    expected = written()
+    capsys.readouterr()
+    assert cli.main([*TRAIN, "--checkpoint", os.devnull]) == 2
+    assert f"checkpoints cannot be saved in {os.devnull}: it is a file" in capsys.readouterr().err
+    run += ["--checkpoint", str(folder), "--checkpoint-every", "2"]
+    assert cli.main([*run, "--epochs", "2", "--resume"]) == 0
+    assert f"no checkpoint in {folder} yet: training from the beginning" in capsys.readouterr().out
+    assert cli.main([*run]) == 2
+    assert f"{folder} holds a checkpoint of epoch 2: add --resume" in capsys.readouterr().err
+    assert cli.main([*run, "--lr", "0.5", "--resume"]) == 2
+    assert f"{folder} holds a checkpoint with lr 0.01 but this run has lr 0.5" in capsys.readouterr().err
+    assert cli.main([*run, "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert f"resuming after epoch 2 of {folder}: 2 to go" in printed.out
+    assert "4/4" in printed.err
+    assert written() == expected
+    line = printed.out.splitlines()[-1]
+    assert line.startswith(f"test {expected['test_acc']:.4f}")
+    json_file.unlink()
+    monkeypatch.setattr(training, "_Run", None)
+    assert cli.main([*run, "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert f"resuming after epoch 4 of {folder}: nothing is left to train" in printed.out
+    assert printed.out.splitlines()[-1] == line
+    assert written() == expected
+
+
+def test_options_of_the_histories_and_their_transfers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def train_nothing(dataset: Any, config: TrainConfig, *args: Any, **options: Any) -> Any:
+        asked.update(vars(config))
+        return replace(done, transfers=stats)
+
+    done = train(generate(600, 6000), TrainConfig(hidden=8, epochs=1, num_parts=6, batch_size=2))
+    stats: dict[str, Any] | None = {
+        "pulls": 6, "pull_bytes": 3 * 2**20, "pushes": 5, "push_bytes": 2**20, "misses": 1, "pull_seconds": 0.5,
+        "exposed_seconds": 0.1, "hidden_fraction": 0.8,
+    }  # fmt: skip
+    monkeypatch.setattr(training, "train", train_nothing)
+    options = {"history_tier": "file", "history_folder": "tables", "nonfinite": "warn", "prefetch_order": "stale"}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    path, trace = tmp_path / "run.json", ["--profile", str(tmp_path / "trace")]
+    assert cli.main([*TRAIN, *flags, "--json", str(path), *trace]) == 0
+    assert {name: asked[name] for name in options} == options
+    assert json.loads(path.read_text())["transfers"] == stats
+    line = (
+        "transfers: 6 pulls of 3.0 MiB in 0.500 s, 80.0% of it hidden and 0.100 s waited for, 1 misses; "
+        "5 pushes of 1.0 MiB"
+    )
+    assert line in capsys.readouterr().out.splitlines()
+    stats = {**stats, "hidden_fraction": None}
+    assert cli.main([*TRAIN, *trace]) == 0
+    assert "transfers: nothing was pulled from histories" in capsys.readouterr().out
+    assert cli.main([*TRAIN, *trace, "--quiet"]) == 0
+    assert "transfers" not in capsys.readouterr().out
+    assert cli.main(TRAIN) == 0
+    assert "transfers" not in capsys.readouterr().out
+
+
+def test_a_trace_of_the_only_epoch_takes_the_place_of_its_memory(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    # in a process of its own, where nothing has started the profiler yet, which writes to stderr when it starts
+    command = [sys.executable, "-m", "gas_triton.cli", *TRAIN, "--epochs", "1", "--profile", str(file), "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert "traceEvents" in json.loads(file.read_text())
+    assert "USDT" not in done.stderr
+    assert "transfers: nothing was pulled from histories" in done.stdout
+    assert re.search(r"s an epoch, memory not measured \+ [\d.]+ MiB histories, \d+ parameters", done.stdout)
+
+
 # --- bad input
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--profile", "--json"])
+def test_an_empty_path_is_not_the_current_folder(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*TRAIN, flag, ""])
+    assert ended.value.code == 2
+    assert f"argument {flag}: must not be empty" in capsys.readouterr().err
+
+
+def test_tables_that_the_host_has_no_room_for_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gas_triton.history.histories.free_host_bytes", lambda: 1000)
+    assert cli.main([*TRAIN, "--history-tier", "pinned", "--no-cache"]) == 2
+    assert "of which the host has 0.0 MiB free: use tier 'file'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +239,18 @@ def test_partitions_are_kept_in_the_cache(tmp_path: Path) -> None:
         (["--model", "gcm"], r"model must be one of GCN, SAGE, GIN.*, got 'gcm'"),
         (["--num-parts", "601"], r"num_parts must be from 1 to the number of nodes \(600\), got 601"),
         (["--partition", "kmeans"], r"partition must be one of metis, random, got 'kmeans'"),
-        (["--history-dtype", "int3"], r"history_dtype must be one of float32, bfloat16, float16, got 'int3'"),
+        (["--history-dtype", "int3"], r"history_dtype must be one of float32, bfloat16, float16, int8, got 'int3'"),
         (["--device", "cuda:99"], r"device must be one of cpu.* on this machine, got 'cuda:99'"),
         (["--edges", "601"], r"num_edges: expected an even number .*, got 601"),
         (["--split", "4"], r"split: generated has 1 \(from 0 to 0\), got 4"),
         (["--dropout", "1.5"], r"dropout must be in \[0, 1\), got 1.5"),
+        (["--history-tier", "disk"], r"history_tier must be one of auto, device, pinned, file, got 'disk'"),
+        (["--history-folder", "x"], r"history_folder is for history_tier 'file' or 'auto', got 'device'"),
+        (["--prefetch-order", "any"], r"prefetch_order must be one of strict, stale, got 'any'"),
+        (["--nonfinite", "drop"], r"nonfinite must be one of raise, warn, skip, allow, got 'drop'"),
+        (["--resume"], r"--resume needs --checkpoint, the folder to resume from"),
+        (["--checkpoint", "x", "--checkpoint-every", "0"], r"checkpoint_every must be a positive int, got 0"),
+        (["--profile", "no/such/folder/trace"], r"--profile must name a file in a folder that exists, got no/such"),
         (["--json", "no/such/folder/run.json"], r"--json must name a file in a folder that exists, got no/such/folder"),
     ],
 )

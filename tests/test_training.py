@@ -295,7 +295,13 @@ def test_ctrl_c_within_a_step_keeps_the_epochs_before(dataset: Dataset, monkeypa
     [
         ({"model": "gcm"}, r"model must be one of GCN, SAGE, GIN.*, got 'gcm'"),
         ({"partition": "kmeans"}, r"partition must be one of metis, random, got 'kmeans'"),
-        ({"history_dtype": "int4"}, r"history_dtype must be one of float32, bfloat16, float16, got 'int4'"),
+        ({"history_dtype": "int4"}, r"history_dtype must be one of float32, bfloat16, float16, int8, got 'int4'"),
+        ({"history_tier": "disk"}, r"history_tier must be one of auto, device, pinned, file, got 'disk'"),
+        ({"history_folder": "x"}, r"history_folder is for history_tier 'file' or 'auto', got 'device'"),
+        ({"nonfinite": "drop"}, r"nonfinite must be one of raise, warn, skip, allow, got 'drop'"),
+        ({"prefetch_order": "stale"}, r"prefetch_order 'stale' is for history_tier 'pinned' or 'file', got 'device'"),
+        ({"history_tier": "file", "history_folder": ""}, r"history_folder must name a folder, got ''"),
+        ({"prefetch_order": "any"}, r"prefetch_order must be one of strict, stale, got 'any'"),
         ({"layers": 0}, r"layers must be a positive int, got 0"),
         ({"batch_size": 2.0}, r"batch_size must be a positive int, got 2.0"),
         ({"epochs": -1}, r"epochs must be a positive int, got -1"),
@@ -311,8 +317,9 @@ def test_a_config_out_of_range_is_refused(changes: dict[str, Any], message: str)
 
 
 def test_names_in_a_config_may_have_any_case() -> None:
-    config = TrainConfig(model="sage", partition="METIS", history_dtype="BFLOAT16")
+    config = TrainConfig(model="sage", partition="METIS", history_dtype="BFLOAT16", history_tier="File")
     assert (config.model, config.partition, config.history_dtype) == ("SAGE", "metis", "bfloat16")
+    assert config.history_tier == "file"
 
 
 def test_a_dataset_that_cannot_be_trained_on_is_refused(dataset: Dataset) -> None:
