@@ -1,4 +1,4 @@
-"""Test accuracy of a GCN trained with histories against the same model trained full-batch, with the paper's settings.
+"""Test accuracy of a GCN trained with histories, also of narrow dtypes, against full-batch, with the paper's settings.
 
     python -m bench.accuracy --root DATA --seeds 10 --datasets Cora PubMed --json bench/results/accuracy-cpu.json
 
@@ -23,7 +23,13 @@ from bench.side_by_side import machine
 from gas_triton.datasets import Dataset, load
 from gas_triton.training import TrainConfig, train
 
-WAYS = ("full-batch", "histories")
+# how to train -> (storage dtype of the histories, what its accuracy is compared with)
+WAYS: dict[str, tuple[str, str | None]] = {
+    "full-batch": ("float32", None),
+    "histories": ("float32", "full-batch"),
+    "bfloat16": ("bfloat16", "histories"),
+    "int8": ("int8", "histories"),
+}
 MAX_DIFFERENCE = 0.5
 
 # GCN rows of PyGAS's small_benchmark/conf/model/gcn.yaml (Fey et al., ICML 2021, table 1): 2 layers, 200 epochs, Adam.
@@ -45,7 +51,7 @@ def preset(name: str, way: str, seed: int, epochs: int = 200) -> TrainConfig:
 
     Args:
         name: a key of `PRESETS`.
-        way: "full-batch" or "histories".
+        way: a key of `WAYS`.
         seed: of the parameters, the dropout masks and the order of the batches.
         epochs: epochs to train.
     """
@@ -53,7 +59,7 @@ def preset(name: str, way: str, seed: int, epochs: int = 200) -> TrainConfig:
     return TrainConfig(
         model="GCN", layers=2, hidden=hidden, dropout=dropout, lr=lr, weight_decay=decay,
         weight_decay_last=decay_last, grad_norm=grad_norm, epochs=epochs, num_parts=num_parts, batch_size=batch_size,
-        full_batch=way == "full-batch", seed=seed,
+        full_batch=way == "full-batch", history_dtype=WAYS[way][0], seed=seed,
     )  # fmt: skip
 
 
@@ -110,26 +116,23 @@ class Record:
         return [100 * done[str(seed)]["test_acc"] for seed in range(seeds) if str(seed) in done]
 
 
-def table(record: Record, names: list[str], seeds: int, epochs: int) -> str:
-    """Mean and standard deviation of the test accuracy in points, for both ways of every dataset."""
-    lines = [
-        f"| dataset | {' | '.join(WAYS)} | difference | seeds |",
-        "|---|---|---|---|---|",
-    ]
+def table(record: Record, names: list[str], ways: list[str], seeds: int, epochs: int) -> str:
+    """Mean and standard deviation of the test accuracy in points, and how far the mean is from that of another way."""
+    lines = ["| dataset | trained | test accuracy | difference | seeds |", "|---|---|---|---|---|"]
     for name in names:
-        both = [record.accuracies(name, way, seeds, epochs) for way in WAYS]
-        if not all(both):
-            continue
-        cells = [
-            f"{statistics.mean(points):.2f} ± {statistics.stdev(points) if len(points) > 1 else 0.0:.2f}"
-            for points in both
-        ]
-        difference = statistics.mean(both[1]) - statistics.mean(both[0])
-        verdict = "within" if abs(difference) <= MAX_DIFFERENCE else "NOT within"
-        done = " and ".join(sorted({str(len(points)) for points in both}))
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {difference:+.2f}, {verdict} {MAX_DIFFERENCE} points | {done} |"
-        )
+        means: dict[str, float] = {}
+        for way in ways:
+            points = record.accuracies(name, way, seeds, epochs)
+            if not points:
+                continue
+            means[way] = statistics.mean(points)
+            spread = statistics.stdev(points) if len(points) > 1 else 0.0
+            base, difference = WAYS[way][1], ""
+            if base in means:
+                apart = means[way] - means[base]
+                verdict = "within" if abs(apart) <= MAX_DIFFERENCE else "NOT within"
+                difference = f"{apart:+.2f} to {base}, {verdict} {MAX_DIFFERENCE} points"
+            lines.append(f"| {name} | {way} | {means[way]:.2f} ± {spread:.2f} | {difference} | {len(points)} |")
     return "\n".join(lines)
 
 
@@ -140,10 +143,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--datasets", nargs="+", default=["Cora", "PubMed"], choices=PRESETS, metavar="NAME")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--json", type=Path, help="where runs are kept and taken up again")
     arguments = parser.parse_args()
     record = Record(arguments.json)
-    wanted = [(n, w, s) for n in arguments.datasets for s in range(arguments.seeds) for w in WAYS]
+    wanted = [(n, w, s) for n in arguments.datasets for s in range(arguments.seeds) for w in arguments.ways]
     loaded: dict[str, Dataset] = {}
     bar = tqdm(wanted, unit="run")
     for name, way, seed in bar:
@@ -159,7 +163,7 @@ def main() -> None:
         done[str(seed)] = values
         record.save()
     bar.close()
-    print(table(record, arguments.datasets, arguments.seeds, arguments.epochs))
+    print(table(record, arguments.datasets, arguments.ways, arguments.seeds, arguments.epochs))
 
 
 if __name__ == "__main__":
