@@ -177,6 +177,16 @@ def test_transfers_are_counted(engine: str, tier: str, order: str) -> None:
     assert stats["hidden_fraction"] == (0.0 if engine == "inline" else None)
 
 
+def test_times_do_not_pile_up_where_nothing_is_fetched_ahead() -> None:
+    training = Training(0)
+    for _ in range(3):
+        training.epoch()
+        assert training.histories["convs.1"].staging._timed == []
+    stats = training.histories.transfer_stats()
+    assert stats["pulls"] == stats["misses"] == len(training.histories) * len(training.log)
+    assert stats["pull_seconds"] == stats["exposed_seconds"] > 0.0
+
+
 def test_rows_fetched_for_nothing_are_counted_too() -> None:
     training = Training(1)
     training.epoch(2)

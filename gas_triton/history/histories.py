@@ -92,6 +92,7 @@ class Histories(Mapping[str, HistoryStore]):
                 time; rows that the two batches share are one step older. Tables read in place are always fresh.
 
         Raises:
+            TypeError: no `ClusterLoader`.
             ValueError: the loader's graph is not the one whose rows the histories hold, or an argument is out of range.
         """
         if not isinstance(loader, ClusterLoader):

@@ -243,6 +243,8 @@ class Staging:
         self.transfers.misses += 1
         self._count_pull(store, batch)
         self._timed.append((started, pulled, started, pulled))
+        # nobody ends a step where batches are not fetched ahead
+        self.count_times()
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
