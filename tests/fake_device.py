@@ -179,19 +179,27 @@ class Fake:
             # nothing left to plan, or what was planned before is loaded
             is_over = made is None or (isinstance(made, Batch) and made.halo_ids is self._planned)
             self._planned = getattr(made, "halo_ids", None)
+            if isinstance(made, Batch) and not is_over:
+                self._plan(stream, made)
             return made
         finally:
             # also when it was interrupted
             for tensor in () if is_over else self.scratch:
                 self._access(stream, "planning", tensor, is_write=True)
 
-    def keep(self, batch: Batch) -> None:
-        self._kept.append(batch)
+    def _plan(self, stream: Stream, batch: Batch) -> None:
         for name, tensor in (("node_ids", batch.node_ids), ("halo_ids", batch.halo_ids)):
             # a plan that is used again was made before
             if self._key(tensor) not in self._accesses:
                 self.name(tensor, name)
-                self._access("plan", "planning", tensor, is_write=True)
+                self._access(stream, "planning", tensor, is_write=True)
+
+    def keep(self, batch: Batch) -> None:
+        self._kept.append(batch)
+        # in place of the node tensors that are brought to a real device, of this batch alone
+        batch.loaded = torch.zeros(1)  # type: ignore[attr-defined]
+        self.name(batch.loaded, "loaded")
+        self._access("plan", "loading", batch.loaded, is_write=True)
 
     def map(self, memory: HostMemory | FileMemory) -> Tensor:
         return memory.tensor

@@ -351,7 +351,7 @@ def test_aggregate(options: dict[str, Any], error: type[Exception], message: str
     [
         ({"tier": "disk"}, ValueError, "tier must be one of 'auto', 'device', 'pinned', 'file', got 'disk'"),
         ({"layers": ["convs.1", "head"]}, ValueError, r"layers must be among \['convs.0', .*\], got \['head'\]"),
-        ({"dtype": torch.int32}, TypeError, "convs.1: dtype must be float32, .* got torch.int32"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be torch.float32, .* got torch.int32"),
         ({"num_nodes": 30.0}, TypeError, "num_nodes must be an int, got float"),
         ({"num_nodes": 0}, ValueError, "num_nodes must be at least 1, got 0"),
         ({"layers": "1"}, TypeError, "layers must be a list of names, got the str '1'"),

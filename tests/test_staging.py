@@ -123,7 +123,8 @@ class Player:
         halos = []
         for store in self.histories.values():
             x = torch.randn(batch.num_nodes, store.dim, generator=self.draw)
-            self.told("compute", reads=[batch.node_ids, batch.halo_ids], writes=[x])
+            loaded = [vars(batch)["loaded"]] if "loaded" in vars(batch) else []
+            self.told("compute", reads=[batch.node_ids, batch.halo_ids, *loaded], writes=[x])
             if not is_whole and self.happens(self.course.raised):
                 raise Interrupted
             read = is_whole or not self.happens(self.course.unread)
@@ -220,7 +221,6 @@ def test_any_order_of_execution_gives_the_rows_of_an_inline_device(order: str, i
 # what is wrong without a wait: each word of it is in the message of a race
 WAITS = {
     Wait("_plan_next", "compute", "plan", "compute<-plan"): "planning of the caller on compute, planning on plan",
-    Wait("begin", "compute", "plan", "compute<-load"): "node_ids: a layer on compute, planning on plan",
     Wait("_prefetch", "plan", "compute", "plan<-compute"): "planning on plan, planning of the caller on compute",
     Wait("_pull", "pull", "plan", "pull<-plan"): "halo_ids: gather on pull, planning on plan",
     Wait("_pull", "pull", "push", "pull<-push"): "table: gather on pull, copy on push",
@@ -235,6 +235,8 @@ WAITS = {
     Wait("close", "compute", "push", "join"): "pushed rows freed before their copy on push",
     Wait("close", "compute", "plan", "join"): "planning of the caller on compute, planning on plan",
 }
+# implied by another wait: the next batch is planned, and that waited for, before a batch's turn comes
+LOAD = Wait("begin", "compute", "plan", "compute<-load")
 WAITS_IN_PLACE = {
     Wait("_read", "compute", "push", "compute<-push"): "table: a layer on compute, copy on push",
     Wait("retire_sources", "compute", "push", "free<-push"): "pushed rows freed before their copy on push",
@@ -259,6 +261,16 @@ def test_a_schedule_without_one_of_its_waits_has_a_race(wait: Wait, expected: st
     pytest.fail(f"no race without {wait}")
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_a_batch_brings_is_there_when_its_step_begins(order: str) -> None:
+    def shows(*dropped: Wait) -> bool:
+        expected = "loaded: a layer on compute, loading on plan"
+        return any(is_found(expected, race(course, lambda wait: wait in dropped)[0]) for course in courses(order))
+
+    assert shows(LOAD, Wait("_plan_next", "compute", "plan", "compute<-plan"))
+    assert not shows(LOAD)
+
+
 @pytest.mark.parametrize("order, other", [("strict", "plan<-compute"), ("stale", None)])
 def test_a_slot_is_not_filled_before_the_backward_that_reads_it(order: str, other: str | None) -> None:
     # In strict order its next user was planned after the backward, or follows a push that came after it.
@@ -279,7 +291,7 @@ def test_the_table_of_waits_is_complete() -> None:
         for in_place in (False, True):
             for course in courses(order, 25, in_place=in_place):
                 called += race(course)[1]
-    assert set(called) == {*WAITS, *WAITS_IN_PLACE}
+    assert set(called) == {*WAITS, *WAITS_IN_PLACE, LOAD}
 
     written = set()
     folder = Path(histories_module.__file__).parent
