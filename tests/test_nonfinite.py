@@ -82,6 +82,7 @@ def test_rows_that_are_not_finite(tier: str, nonfinite: str, dtype: torch.dtype,
     assert int(store.clock) == 2
 
 
+@pytest.mark.filterwarnings("ignore:conv3")
 @pytest.mark.parametrize("nonfinite", ["raise", "warn", "skip"])
 def test_a_compiled_model_says_it_when_the_step_is_over(nonfinite: str) -> None:
     model = Net()
