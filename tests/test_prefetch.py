@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -137,6 +138,29 @@ def test_an_epoch_in_inference_mode_leaves_training_as_it_was(tier: str) -> None
         return training.state()
 
     assert_same(run(Training(1, tier=tier)), run(Training(0, tier="device")))
+
+
+@pytest.mark.parametrize("tier", ["pinned", "in_place"])
+def test_a_compiled_model_exchanges_rows_on_the_host_outside_of_its_graphs(tier: str) -> None:
+    def run(compile_model: bool) -> list[Tensor]:
+        model, loader = Net().float(), make_loader("symmetric")
+        histories = attach(model, **TIERS[tier])
+        called = torch.compile(model, backend="eager") if compile_model else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for batch in chain(histories.prefetch(loader), histories.prefetch(loader)):
+            F.cross_entropy(called(batch.x.float(), batch), batch.y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert histories.transfer_stats()["pushes"] == 2 * 2 * len(loader)
+        return [*(p.detach() for p in model.parameters()), *(store.table for store in histories.values())]
+
+    assert_same(run(True), run(False))
+    torch.compiler.reset()
+    model, loader = Net().float(), make_loader("symmetric")
+    attach(model, **TIERS[tier])
+    batch = loader.batch([0, 1])
+    with pytest.raises(Exception, match="exchanged outside of the graph: use fullgraph=False, or tier='device'"):
+        torch.compile(model, backend="eager", fullgraph=True)(batch.x.float(), batch)
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------
