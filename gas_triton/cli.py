@@ -71,6 +71,8 @@ def _train(args: argparse.Namespace) -> int:
     for flag, file in (("--json", args.json), ("--profile", args.profile)):
         if file is not None and not (file.parent.is_dir() and not file.is_dir()):
             raise ValueError(f"{flag} must name a file in a folder that exists, got {file}")
+        if file is not None and not os.access(file.parent, os.W_OK):
+            raise OSError(f"{flag}: the folder {file.parent} cannot be written")
     if args.resume and args.checkpoint is None:
         raise ValueError("--resume needs --checkpoint, the folder to resume from")
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

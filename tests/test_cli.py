@@ -224,6 +224,16 @@ def test_an_empty_path_is_not_the_current_folder(flag: str, capsys: pytest.Captu
     assert f"argument {flag}: must not be empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--profile", "--json"])
+def test_a_folder_that_cannot_be_written_is_found_before_training(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(cli, "_load", None)
+    assert cli.main([*TRAIN, flag, str(tmp_path / "file")]) == 2
+    assert f"{flag}: the folder {tmp_path} cannot be written" in capsys.readouterr().err
+
+
 def test_tables_that_the_host_has_no_room_for_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,22 @@ def test_features_that_a_model_does_not_ask_for_are_not_sliced() -> None:
 
 
 @pytest.mark.gpu
+def test_layers_may_run_on_a_stream_that_the_loop_does_not() -> None:
+    expected, training = OnGpu(0), OnGpu(1, lambda device: Slow(device, 4))
+    own = torch.cuda.Stream()
+    torch.manual_seed(1)
+    for _ in range(8):
+        expected.epoch()
+    torch.manual_seed(1)
+    for _ in range(8):
+        for batch in training.prefetch():
+            with torch.cuda.stream(own):
+                training.step(batch)
+    torch.cuda.synchronize()
+    assert_same(training.state(), expected.state())
+
+
+@pytest.mark.gpu
 def test_time_is_counted() -> None:
     training = OnGpu(1)
     training.epoch()

@@ -37,10 +37,18 @@ class Cuda:
             "pull": torch.cuda.Stream(device, priority=-1),
             "push": torch.cuda.Stream(device),
         }
+        self._compute: torch.cuda.Stream | None = None
         self._waiting: defaultdict[int, list[tuple[Event, Tensor, Tensor, Spans]]] = defaultdict(list)
 
     def _stream(self, stream: Stream) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device) if stream == "compute" else self._streams[stream]
+        if stream != "compute":
+            return self._streams[stream]
+        current = torch.cuda.current_stream(self.device)
+        if self._compute is not None and current != self._compute:
+            # layers run on a stream that the loop around them does not: to us, both are one
+            current.wait_stream(self._compute)
+        self._compute = current
+        return current
 
     def record(self, stream: Stream) -> Event:
         event = torch.cuda.Event(enable_timing=True)
