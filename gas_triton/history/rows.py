@@ -61,6 +61,8 @@ class StoredRows:
             self._tensors = {key: memory.tensor for key, memory in self._memory.items() if key != "last_push"}
             self.last_push = self._memory["last_push"].tensor
             self._restore()
+        # of a row as it is stored, its scale included
+        self.row_bytes = sum(t[0].numel() * t.element_size() for t in self._tensors.values())
         self._map()
 
     def _restore(self) -> None:
@@ -114,11 +116,6 @@ class StoredRows:
     @property
     def dim(self) -> int:
         return self._tensors["table"].size(1)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row as it is stored, its scale included."""
-        return sum(t[0].numel() * t.element_size() for t in self._tensors.values())
 
     @property
     def nbytes(self) -> int:
