@@ -66,7 +66,6 @@ class PrefetchTraining(Training):
         device = problem.x.device
         self.model.to(device)
         self.histories = attach_histories(self.model, problem.graph.num_nodes, dtype=dtype, **tier)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
         self.depth = depth
 
     def run_epoch(self) -> list[float]:

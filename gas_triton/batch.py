@@ -230,18 +230,21 @@ class Batch:
 
     def load(self) -> Batch:
         """Brings node tensors that live on another device to the batch's, now instead of at their first use."""
-        for name, tensor in self._node_tensors.items():
-            if tensor.device != self.device:
-                self._slice(name, tensor, self.node_ids)
-        if self._x_table is not None and self._x_table.device != self.device:
-            self._slice("x", self._x_table, self.all_ids)
+        for name, table in self._tables().items():
+            if table.device != self.device:
+                getattr(self, name)
         return self
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {**self._node_tensors, **({} if self._x_table is None else {"x": self._x_table})}
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         # what lives elsewhere, perhaps where the batch goes, is sliced there
-        tables = {**self._node_tensors, **({} if self._x_table is None else {"x": self._x_table})}
-        here = [name for name, table in tables.items() if name in self._sliced or table.device == self.device]
-        sliced = {name: move(getattr(self, name)) for name in here}
+        sliced = {
+            name: move(getattr(self, name))
+            for name, table in self._tables().items()
+            if name in self._sliced or table.device == self.device
+        }
         edge_ids = self._edge_ids
         batch = copy.copy(self)
         batch._sliced, batch._made = sliced, {}

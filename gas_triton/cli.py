@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from gas_triton.training import Result, TrainConfig, find_device, train
+    from gas_triton.training import Result, TrainConfig, check_output, find_device, train
 
     config = TrainConfig(
         model=args.model, layers=args.layers, hidden=args.hidden, dropout=args.dropout, lr=args.lr,
@@ -69,10 +69,8 @@ def _train(args: argparse.Namespace) -> int:
         nonfinite=args.nonfinite, prefetch_order=args.prefetch_order, seed=args.seed,
     )  # fmt: skip
     for flag, file in (("--json", args.json), ("--profile", args.profile)):
-        if file is not None and not (file.parent.is_dir() and not file.is_dir()):
-            raise ValueError(f"{flag} must name a file in a folder that exists, got {file}")
-        if file is not None and not os.access(file.parent, os.W_OK):
-            raise OSError(f"{flag}: the folder {file.parent} cannot be written")
+        if file is not None:
+            check_output(flag, file)
     if args.resume and args.checkpoint is None:
         raise ValueError("--resume needs --checkpoint, the folder to resume from")
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

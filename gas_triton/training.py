@@ -29,7 +29,16 @@ from gas_triton.partition import metis, random_partition
 from gas_triton.training_checkpoint import Saver, identity
 from gas_triton.training_config import HISTORY_DTYPES, PARTITIONS, EpochRecord, Result, TrainConfig
 
-__all__ = ["HISTORY_DTYPES", "PARTITIONS", "EpochRecord", "Result", "TrainConfig", "find_device", "train"]
+__all__ = [
+    "HISTORY_DTYPES",
+    "PARTITIONS",
+    "EpochRecord",
+    "Result",
+    "TrainConfig",
+    "check_output",
+    "find_device",
+    "train",
+]
 
 # Models whose layers expect the graph of Kipf and Welling; all others take it as it is.
 _NORMALIZED = {"GCN"}
@@ -91,7 +100,7 @@ def train(
     if resume and checkpoint is None:
         raise ValueError("resume needs checkpoint, the folder to resume from, got None")
     if profile is not None:
-        _check_trace(Path(profile))
+        check_output("profile", Path(profile))
     say = say or (lambda line: None)
     with ExitStack() as stack:
         stack.enter_context(_seeded(config.seed, device))
@@ -339,15 +348,16 @@ def _trace(file: str | os.PathLike[str], device: torch.device) -> Iterator[None]
         raise OSError(f"the trace was not written to {file}: {error}") from error
 
 
-def _check_trace(file: Path) -> None:
-    """Raises ValueError or OSError, before anything is trained, for a file that no trace can be written to."""
-    if not file.parent.is_dir() or file.is_dir() or not file.name:
-        raise ValueError(f"profile must name a file in a folder that exists, got {str(file)!r}")
+def check_output(name: str, file: Path) -> None:
+    """Raises ValueError or OSError, before anything is trained, if `file` cannot be written; `name` is the argument."""
+    if not file.parent.is_dir() or file.is_dir():
+        raise ValueError(f"{name} must name a file in a folder that exists, got {file}")
     try:
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise OSError(error.errno, f"profile: {file.parent} cannot be written ({error.strerror})") from error
+        message = f"{name}: the folder {file.parent} cannot be written ({error.strerror})"
+        raise OSError(error.errno, message) from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command line: what it writes, what it says to bad input, and how Ctrl-C ends it."""
 
+import errno
 import json
 import os
 import re
@@ -228,7 +229,10 @@ def test_an_empty_path_is_not_the_current_folder(flag: str, capsys: pytest.Captu
 def test_a_folder_that_cannot_be_written_is_found_before_training(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(cli, "_load", None)
     assert cli.main([*TRAIN, flag, str(tmp_path / "file")]) == 2
     assert f"{flag}: the folder {tmp_path} cannot be written" in capsys.readouterr().err

@@ -339,7 +339,7 @@ def test_a_run_with_histories_in_a_folder_is_resumed(
         ({"checkpoint_every": 0}, "checkpoint_every must be a positive int, got 0"),
         ({"checkpoint_every": True}, "checkpoint_every must be a positive int, got True"),
         ({"resume": True}, "resume needs checkpoint, the folder to resume from, got None"),
-        ({"profile": "no/such/folder/trace"}, "profile must name a file in a folder that exists, got 'no/such"),
+        ({"profile": "no/such/folder/trace"}, "profile must name a file in a folder that exists, got no/such"),
         ({"checkpoint": ""}, "folder must name a folder, got ''"),
     ],
 )

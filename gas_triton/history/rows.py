@@ -62,7 +62,7 @@ class StoredRows:
             self.last_push = self._memory["last_push"].tensor
             self._restore()
         # of a row as it is stored, its scale included
-        self.row_bytes = sum(t[0].numel() * t.element_size() for t in self._tensors.values())
+        self.row_bytes = sum(t[0].nbytes for t in self._tensors.values())
         self._map()
 
     def _restore(self) -> None:
@@ -120,7 +120,7 @@ class StoredRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the table, its scales and the push times."""
-        return sum(t.numel() * t.element_size() for t in (*self._tensors.values(), self.last_push))
+        return sum(t.nbytes for t in (*self._tensors.values(), self.last_push))
 
     @property
     def pulls_early(self) -> bool:
@@ -156,7 +156,6 @@ class StoredRows:
 
     def reset(self) -> None:
         """Forgets every row."""
-        self.settle()
         self._before_writing()
         for tensor in self._tensors.values():
             tensor.zero_()
@@ -165,6 +164,7 @@ class StoredRows:
         self.row_order = None
 
     def _before_writing(self) -> None:
+        self.settle()
         self.resets += 1
         if self._folder is not None:
             self._folder.mark_dirty(self.name)
@@ -244,7 +244,6 @@ class StoredRows:
             ValueError: another shape, dtype or row order; nothing is written then.
         """
         self.check_state(state)
-        self.settle()
         self._before_writing()
         for key, tensor in self._tensors.items():
             tensor.copy_(state[key])

@@ -41,7 +41,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.rows.values())
+        return sum(t.nbytes for t in self.rows.values())
 
 
 @dataclass

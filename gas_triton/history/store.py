@@ -71,7 +71,7 @@ class HistoryStore(StoredRows):
         device = torch.empty(0, device=device).device
         super().__init__(num_rows, dim, dtype, device, name, tier, in_place, folder)
         self.nonfinite = nonfinite
-        # told of pushes, and asked for rows fetched ahead; belongs to the `Histories` this store is in
+        # told of pushes, and asked for rows fetched ahead; of the `Histories` this store is in, None on the device
         self.staging: Staging | None = None
         # pushes so far, on the host: what rows fetched ahead are compared with
         self.pushes = 0
@@ -157,7 +157,7 @@ class HistoryStore(StoredRows):
                 self._push_to_device(x.detach(), batch)
             else:
                 self._push_to_host(x.detach(), batch)
-        if self.staging is not None and self.tier != "device":
+        if self.staging is not None:
             self.staging.on_push(self, batch)
 
     def _push_to_device(self, x: Tensor, batch: Batch) -> None:
