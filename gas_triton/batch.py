@@ -179,6 +179,32 @@ class Batch:
         """Columns of `outer` as rows of [x; halo]."""
         return self._once("outer_joint_col", lambda: self.outer_slot + self.num_nodes)
 
+    def joint(self, has_halo: bool = True) -> Transposed:
+        """All edges as one CSR [B x (B + H)], inner edges of a row first; `edge_id` gives the order of `edge_weight`.
+
+        Args:
+            has_halo: False leaves the outer edges out, and gives `inner` itself.
+        """
+        if not has_halo or self.num_halo == 0:
+            return Transposed(*self.inner, None)
+        return self._once("joint", self._join)
+
+    def _join(self) -> Transposed:
+        inner, outer = self.inner, self.outer
+        place = torch.arange(self.num_edges, device=self.device)
+        place_of_inner = place[: inner.num_edges] + outer.rowptr[row_of_edge(*inner)]
+        place_of_outer = place[: outer.num_edges] + inner.rowptr[row_of_edge(*outer) + 1]
+        edge_id = torch.empty_like(place)
+        edge_id[torch.cat([place_of_inner, place_of_outer])] = place
+        col = torch.cat([inner.col, self.outer_joint_col]).index_select(0, edge_id)
+        return Transposed(inner.rowptr + outer.rowptr, col, edge_id)
+
+    def joint_transposed(self, has_halo: bool = True) -> tuple[Transposed, list[Tensor]]:
+        """The transpose of `joint`, whose `edge_id` has the order of `edge_weight` too, and its hubs."""
+        if not has_halo or self.num_halo == 0:
+            return self.transposed_inner(shared=False)
+        return self.transposed_joint()
+
     def transposed_inner(self, shared: bool) -> tuple[Transposed, list[Tensor]]:
         """The transpose of `inner` and its hubs; `shared` gives the arrays of a symmetric `inner` themselves."""
         if shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,10 @@ class _Sweep:
     def begin_batch(self) -> None:
         self._batch, self._place = self._batch + 1, 0
 
-    def call(self, compute: Callable[..., Tensor], x: Tensor | Features, batch: Batch) -> Tensor:
+    def call(self, compute: Callable[..., Tensor], x: Tensor | Features, *args: Any, **options: Any) -> Tensor:
+        batch = next((value for value in (*args, *options.values()) if isinstance(value, Batch)), None)
+        if batch is None:
+            raise TypeError("batch must be given to every layer that reads a history, got none")
         place, self._place = self._place, self._place + 1
         if (self._batch, place) in self._computed:
             return self.outputs[place].index_select(0, batch.node_ids.cpu()).to(batch.device)
@@ -112,7 +116,7 @@ class _Sweep:
                 self._kept_by[place].add(self._batch)
                 if batch.num_halo > 0:
                     raise _NotYetKnown
-        out = compute(x, batch)
+        out = compute(x, *args, **options)
         self._keep(self.outputs, place, out, batch)
         self._computed.add((self._batch, place))
         return out
@@ -129,7 +133,7 @@ def _watched(model: nn.Module, sweep: _Sweep) -> Iterator[None]:
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         compute = layer.forward
-        layer.forward = lambda x, batch, compute=compute: sweep.call(compute, x, batch)
+        layer.forward = partial(sweep.call, compute)
     try:
         yield
     finally:

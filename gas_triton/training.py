@@ -40,8 +40,6 @@ __all__ = [
     "train",
 ]
 
-# Models whose layers expect the graph of Kipf and Welling; all others take it as it is.
-_NORMALIZED = {"GCN"}
 # `F.cross_entropy` leaves rows of this class out.
 _IGNORED = -100
 
@@ -165,9 +163,10 @@ class _Run:
         before = torch.cat([train_mask.new_zeros(1, dtype=torch.int64), train_mask.cumsum(0)])
         # known on the host, so that no step waits for the device to count
         self.labelled: list[int] = before[self.loader.parts.ptr].diff().tolist()
-        self.model: Stack = MODELS[config.model](
+        kind = MODELS[config.model]
+        self.model: Stack = kind(
             dataset.num_features, config.hidden, dataset.num_classes, config.layers, dropout=config.dropout,
-            **config.model_options,
+            **{**kind.options_of(self.loader.graph), **config.model_options},
         ).to(device)  # fmt: skip
         self.histories = Histories({})
         self.full: Batch | None = None
@@ -299,8 +298,7 @@ def _make_loader(
     graph, x, y, train_mask, val_mask, test_mask = parts.permute(
         graph, dataset.x, dataset.y, dataset.train_mask, dataset.val_mask, dataset.test_mask
     )
-    if config.model in _NORMALIZED:
-        graph = graph.add_self_loops().gcn_norm()
+    graph = MODELS[config.model].prepare(graph)
     is_trained = train_mask if y.dim() == 1 else train_mask[:, None]
     target = torch.where(is_trained, y, torch.full_like(y, _IGNORED))
     x = x if config.host_features else x.to(device)

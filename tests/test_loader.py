@@ -56,6 +56,12 @@ def assert_is_plan(batch: Batch, graph: Graph, node_ids: Sequence[int]) -> None:
     assert batch.outer_joint_col.tolist() == [len(local) + slot[source] for _, source, _ in plan.outer]
 
     assert batch.edge_ids.tolist() == [place for _, _, place in edges]
+    joint = batch.joint()
+    columns = [local[source] for _, source, _ in plan.inner] + batch.outer_joint_col.tolist()
+    by_row = sorted(range(len(edges)), key=lambda edge: edges[edge][0])  # stable: inner edges first
+    assert joint.col.tolist() == [columns[edge] for edge in by_row]
+    assert rows_of(joint) == [edges[edge][0] for edge in by_row]
+    assert joint.edge_id is None or joint.edge_id.tolist() == by_row
     if graph.weight is None:
         assert batch.edge_weight is None
     else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from gas_triton.graph import Graph
 from gas_triton.models.stack import Stack
 from gas_triton.nn import GCNConv, GINConv, SAGEConv
 from gas_triton.nn.base import HistoryLayer
@@ -13,6 +14,10 @@ from gas_triton.nn.base import HistoryLayer
 
 class GCN(Stack):
     """A stack of `GCNConv` (Kipf and Welling, ICLR 2017); see `Stack` for the arguments."""
+
+    @staticmethod
+    def prepare(graph: Graph) -> Graph:
+        return graph.add_self_loops().gcn_norm()
 
     def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
         return GCNConv(in_channels, out_channels, **options)

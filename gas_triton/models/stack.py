@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, check_probability
+from gas_triton.graph import Graph
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 
 
@@ -77,6 +78,16 @@ class Stack(nn.Module):
             )
         num_norms = (num_layers if linear else num_layers - 1) if batch_norm else 0
         self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_channels) for _ in range(num_norms))
+
+    @staticmethod
+    def prepare(graph: Graph) -> Graph:
+        """The graph as the layers expect it; each model says which that is."""
+        return graph
+
+    @staticmethod
+    def options_of(graph: Graph) -> dict[str, Any]:
+        """Arguments of the model that depend on the graph, as a degree histogram does."""
+        return {}
 
     def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
         """The layer of this model."""
