@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gas_triton.csr import Csr, Transposed, find_hubs, transpose_csr
+from gas_triton.csr import Csr, Transposed, find_hubs, sample_edges, select_edges, transpose_csr
 from gas_triton.functional import Features
+from gas_triton.functional.dropout import check_probability
 from gas_triton.graph import Graph
 from gas_triton.kernels.aggregate import HUB_EDGES
 from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.transpose import transpose
 
+if TYPE_CHECKING:
+    from gas_triton.static import StaticTable
+
 Ranges = Sequence[tuple[int, int]]
+# What is made once, and does not depend on the edges.
+_OF_ROWS = ("all_ids", "host_halo_ids")
+
+# The name of the in-batch rows of x among a batch's slices.
+_OWN_ROWS = "x of in-batch rows"
 
 
 class Batch:
@@ -37,8 +46,12 @@ class Batch:
         outer_slot: the same edges' columns as places in `halo_ids`.
         edge_weight: the graph's weights [num_edges], inner edges first, or None. An own tensor of this shape and order
             can be given to the layers instead, with gradient; `edge_ids` are the edges' places in the graph.
+        edge_attr: the graph's edge features [num_edges, ...] in the same order, or None.
+        edge_index: int64 [2, num_edges] in the same order, PyG's layout: sources are rows of [x; halo rows].
         clusters: ids of the clusters in the batch.
         spans: int64 [clusters, 2] on the CPU, the range of graph ids of each.
+        has_all_edges: whether the batch has every edge into its rows, which `drop_edges` ends: only then aggregated
+            features are those of its rows.
 
     Every node tensor given to the loader is an attribute, sliced to the B rows; `x` has B + H rows.
     """
@@ -61,6 +74,7 @@ class Batch:
     symmetric: bool
     hub_edges: int
     hubs: list[Tensor]
+    has_all_edges: bool
 
     def __init__(
         self,
@@ -86,7 +100,9 @@ class Batch:
         self.symmetric = graph.is_symmetric
         self.node_ids, self.halo_ids = node_ids, halo_ids
         self.inner, self.outer, self.outer_slot = inner, outer, outer_slot
-        self.edge_weight = edge_weight
+        self.edge_weight, self._edge_attr = edge_weight, graph.edge_attr
+        # rows of it, and whose
+        self._edge_rows: tuple[Callable[[], Tensor], Tensor] | None = None
         self.hub_edges = hub_edges
         rowptr = inner.rowptr + outer.rowptr
         # worth a look while planning, where the host waits anyway: without hubs a layer is one launch instead of three
@@ -94,15 +110,57 @@ class Batch:
         self.hubs = find_hubs(rowptr, self.num_edges, hub_edges) if has_hubs else []
         # what `edge_ids` is made from, when it is asked for
         self._edge_ids, self._places = edge_ids, places
+        self.has_all_edges = True
+        self._static: Mapping[tuple[str, bool], StaticTable] = {}
         self._node_tensors: dict[str, Tensor] = {}
         self._x_table: Tensor | None = None
         self._sliced: dict[str, Tensor] = {}
         self._made: dict[str, Any] = {}
 
-    def with_tensors(self, x: Tensor | None, node_tensors: dict[str, Tensor]) -> Batch:
+    def with_tensors(
+        self,
+        x: Tensor | None,
+        node_tensors: dict[str, Tensor],
+        static: Mapping[tuple[str, bool], StaticTable] | None = None,
+    ) -> Batch:
         """The same plan with node tensors [N, ...] to slice; slices live as long as the result, the plan longer."""
         batch = copy.copy(self)
         batch._x_table, batch._node_tensors, batch._sliced = x, node_tensors, {}
+        batch._static = dict(static or {})
+        return batch
+
+    def drop_edges(self, p: float, seed: int | None = None) -> Batch:
+        """The same rows with each edge left out with probability `p`: edge dropout, for one training step.
+
+        The weights of edges that stay are scaled by 1 / (1 - p), so that a weighted sum keeps its expectation; edges
+        without weights are only left out (both as in PyGAS). `edge_ids` says which edges stayed. No row goes: halo rows
+        that no edge reads any more are still looked up, so that rows fetched ahead for the batch are those of the
+        result too. The host does not wait for the device.
+
+        Args:
+            p: probability in [0, 1); with 0 the result is the batch itself.
+            seed: names the draw, which also depends on the kind of device; drawn from torch's generator of the CPU if
+                None.
+        """
+        check_probability("p", p)
+        if p == 0.0:
+            return self
+        if seed is None:
+            seed = int(torch.randint(0, 2**62, (1,)))
+        counts = [self.inner.num_edges, self.outer.num_edges]
+        of_inner, of_outer = sample_edges(counts, p, seed, self.device, self.inner.rowptr.dtype)
+        kept = torch.cat([of_inner, of_outer + counts[0]])
+        batch = copy.copy(self)
+        batch.inner, batch.outer = select_edges(self.inner, of_inner), select_edges(self.outer, of_outer)
+        batch.outer_slot = self.outer_slot.index_select(0, of_outer)
+        batch.num_edges, batch.symmetric, batch.has_all_edges = kept.numel(), False, False
+        if self.edge_weight is not None:
+            batch.edge_weight = self.edge_weight.index_select(0, kept) / (1.0 - p)
+        # a row that was no hub has not become one
+        rowptr = batch.inner.rowptr + batch.outer.rowptr
+        batch.hubs = find_hubs(rowptr, batch.num_edges, self.hub_edges) if self.hubs else []
+        batch._edge_ids, batch._places = lambda: self.edge_ids.index_select(0, kept), (*self._places, kept)
+        batch._made = {name: made for name, made in self._made.items() if name in _OF_ROWS}
         return batch
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -114,7 +172,7 @@ class Batch:
 
     def __getattr__(self, name: str) -> Any:
         tensors = self.__dict__.get("_node_tensors", {})
-        if name in ("x", "features"):
+        if name in ("x", "features", "own_rows"):
             # where one of these properties raises, Python asks here
             raise AttributeError(f"batch has no {name}: give the loader x=features")
         if name not in tensors:
@@ -124,13 +182,27 @@ class Batch:
 
     def _slice(self, name: str, tensor: Tensor, ids: Tensor) -> Tensor:
         if name not in self._sliced:
-            rows = tensor.index_select(0, ids.to(tensor.device))
-            if self.device.type == "cuda" and rows.device.type == "cpu":
-                # from pageable memory the copy would wait for the device
-                rows = rows.pin_memory()
-            # to the host the copy has to be over when it is read
-            self._sliced[name] = rows.to(self.device, non_blocking=self.device.type == "cuda")
+            self._sliced[name] = self._gather(tensor, ids)
         return self._sliced[name]
+
+    def _slice_spans(self, name: str, table: Tensor) -> Tensor:
+        """In-batch rows of a table, which lie together: a view of it where the batch is one span on its device."""
+        if name in self._sliced:
+            return self._sliced[name]
+        if torch.compiler.is_compiling():
+            # a graph must not be made for these spans
+            return self._slice(name, table, self.node_ids)
+        parts = [table[first:last] for first, last in self.spans.tolist()]
+        if table.device == self.device:
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            rows = torch.empty((self.num_nodes, *table.shape[1:]), dtype=table.dtype, device=self.device)
+            is_pageable = self.device.type == "cuda" and table.device.type == "cpu" and not table.is_pinned()
+            for part, place in zip(parts, rows.split([len(part) for part in parts]), strict=True):
+                # from pageable memory the copy would wait for the device
+                place.copy_(part.pin_memory() if is_pageable else part, non_blocking=self.device.type == "cuda")
+        self._sliced[name] = rows
+        return rows
 
     @property
     def x(self) -> Tensor:
@@ -141,19 +213,46 @@ class Batch:
 
     @property
     def features(self) -> Features:
-        """A handle on the full feature table, read in place by the layers.
+        """A handle on the full feature table, read in place by the layers, and on its aggregated rows.
 
         Raises:
-            ValueError: the table is on another device than the batch.
+            ValueError: the table is on another device than the batch, and the loader has no aggregated features; or it
+                was changed after they were made.
         """
         if self._x_table is None:
             raise AttributeError("features")
-        if self._x_table.device != self.device:
+        if not self._static and self._x_table.device != self.device:
             raise ValueError(
                 f"batch.features reads x in place, but x is on {self._x_table.device} and the batch on {self.device}: "
-                "move x there, or use batch.x"
+                "move x there, use batch.x, or call loader.aggregate_features"
             )
-        return Features(self._x_table, self.node_ids, self.halo_ids)
+        if not torch.compiler.is_compiling():
+            for static in self._static.values():
+                static.check(self._x_table)
+        return Features(self._x_table, self.node_ids, self.halo_ids, self)
+
+    @property
+    def own_rows(self) -> Tensor:
+        """Features of the in-batch rows, [B, F]; not to be written to."""
+        if self._x_table is None:
+            raise AttributeError("own_rows")
+        if "x" in self._sliced:
+            return self._sliced["x"][: self.num_nodes]
+        return self._slice_spans(_OWN_ROWS, self._x_table)
+
+    def static_rows(self, reduce: str, weighted: bool) -> Tensor | None:
+        """Aggregated features of the in-batch rows in x's dtype, [B, F], not to be written to.
+
+        None if the loader does not have them, or the batch not all of its edges.
+
+        Args:
+            reduce: "sum", "mean", "max" or "min".
+            weighted: whether edges count by the graph's weights.
+        """
+        static = self._static.get((reduce, weighted and self.edge_weight is not None))
+        if static is None or not self.has_all_edges or self._x_table is None:
+            return None
+        return self._slice_spans(_static_name(static), static.rows).to(self._x_table.dtype)
 
     @property
     def all_ids(self) -> Tensor:
@@ -168,6 +267,37 @@ class Batch:
         return self._once("edge_ids", self._edge_ids)
 
     # --- views of the edges that the layers ask for -------------------------------------------------------------------
+
+    @property
+    def edge_attr(self) -> Tensor | None:
+        """The graph's edge features, [num_edges, ...] in the order of `edge_weight`, or None."""
+        if self._edge_attr is None:
+            return None
+        # a copy of the batch with other edges has other rows
+        if self._edge_rows is None or self._edge_rows[0] is not self._edge_ids:
+            self._edge_rows = self._edge_ids, self._gather(self._edge_attr, self.edge_ids)
+        return self._edge_rows[1]
+
+    def _gather(self, table: Tensor, ids: Tensor) -> Tensor:
+        rows = table.index_select(0, ids.to(table.device))
+        if self.device.type == "cuda" and rows.device.type == "cpu":
+            # from pageable memory the copy would wait for the device
+            rows = rows.pin_memory()
+        # to the host the copy has to be over when it is read
+        return rows.to(self.device, non_blocking=self.device.type == "cuda")
+
+    @property
+    def edge_index(self) -> Tensor:
+        """Sources above targets, int64 [2, num_edges] in the order of `edge_weight`.
+
+        Sources are rows of [x; halo rows], so a halo row k of `halo_ids` is B + k; targets are in-batch rows.
+        """
+
+        def make() -> Tensor:
+            source = torch.cat([self.inner.col, self.outer_joint_col]).long()
+            return torch.stack([source, torch.cat([row_of_edge(*self.inner), row_of_edge(*self.outer)])])
+
+        return self._once("edge_index", make)
 
     @property
     def inner_graph_col(self) -> Tensor:
@@ -198,6 +328,12 @@ class Batch:
         edge_id[torch.cat([place_of_inner, place_of_outer])] = place
         col = torch.cat([inner.col, self.outer_joint_col]).index_select(0, edge_id)
         return Transposed(inner.rowptr + outer.rowptr, col, edge_id)
+
+    def joint_hubs(self, has_halo: bool = True) -> list[Tensor]:
+        """The hubs of `joint`."""
+        if has_halo or self.num_halo == 0 or not self.hubs:
+            return self.hubs
+        return self._once("inner hubs", lambda: find_hubs(self.inner.rowptr, self.inner.num_edges, self.hub_edges))
 
     def joint_transposed(self, has_halo: bool = True) -> tuple[Transposed, list[Tensor]]:
         """The transpose of `joint`, whose `edge_id` has the order of `edge_weight` too, and its hubs."""
@@ -248,6 +384,8 @@ class Batch:
         for tensor in (*plan, self.edge_weight, self._made.get("all_ids"), *self._sliced.values()):
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(stream)
+        if self._edge_rows is not None and self._edge_rows[1].is_cuda:
+            self._edge_rows[1].record_stream(stream)
 
     @property
     def host_halo_ids(self) -> Tensor:
@@ -255,19 +393,35 @@ class Batch:
         return self._once("host_halo_ids", self.halo_ids.cpu)
 
     def load(self) -> Batch:
-        """Brings node tensors that live on another device to the batch's, now instead of at their first use."""
+        """Brings node tensors and edge features that live on another device to the batch's, before their first use."""
+        if self._edge_attr is not None and self._edge_attr.device != self.device:
+            _ = self.edge_attr
         for name, table in self._tables().items():
             if table.device != self.device:
-                getattr(self, name)
+                self._read(name)
         return self
 
     def _tables(self) -> dict[str, Tensor]:
-        return {**self._node_tensors, **({} if self._x_table is None else {"x": self._x_table})}
+        """The tables that a step reads, by the name of their slice."""
+        static = self._static.values()
+        tables = self._node_tensors | {_static_name(table): table.rows for table in static}
+        if self._x_table is None:
+            return tables
+        if not static or "x" in self._sliced:
+            tables["x"] = self._x_table
+        elif any(table.own_rows for table in static):
+            tables[_OWN_ROWS] = self._x_table
+        return tables
+
+    def _read(self, name: str) -> Tensor:
+        if name in self._node_tensors or name == "x":
+            return getattr(self, name)
+        return self._slice_spans(name, self._tables()[name])
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         # what lives elsewhere, perhaps where the batch goes, is sliced there
         sliced = {
-            name: move(getattr(self, name))
+            name: move(self._read(name))
             for name, table in self._tables().items()
             if name in self._sliced or table.device == self.device
         }
@@ -280,6 +434,8 @@ class Batch:
         batch.outer_slot = move(self.outer_slot)
         batch.edge_weight = None if self.edge_weight is None else move(self.edge_weight)
         batch.hubs = [move(t) for t in self.hubs]
+        edge_attr = self.edge_attr
+        batch._edge_rows = None if edge_attr is None else (batch._edge_ids, move(edge_attr))
         return batch
 
     def __repr__(self) -> str:
@@ -289,97 +445,5 @@ class Batch:
         )
 
 
-class Planner:
-    """Makes the plan of a batch where the graph lives, in a fixed number of passes over the batch's edges.
-
-    A map from node to local row (-1 outside the batch) is kept between plans and reset at the rows it touched, so
-    nothing of size N is allocated or read for a batch.
-    """
-
-    def __init__(self, graph: Graph, hub_edges: int = HUB_EDGES) -> None:
-        self.graph = graph
-        self.hub_edges = hub_edges
-        self._local = torch.full((graph.num_nodes,), -1, dtype=graph.col.dtype, device=graph.device)
-
-    def full(self) -> Batch:
-        """The whole graph as one batch."""
-        graph = self.graph
-        ids = torch.arange(graph.num_nodes, device=graph.device)
-        empty = graph.col.new_empty(0)
-        return Batch(
-            graph=graph, clusters=[0], spans=torch.tensor([[0, graph.num_nodes]]), node_ids=ids, halo_ids=ids[:0],
-            inner=graph.csr, outer=Csr(torch.zeros_like(graph.rowptr), empty), outer_slot=empty,
-            edge_weight=graph.weight, edge_ids=lambda: torch.arange(graph.num_edges, device=graph.device),
-            hub_edges=self.hub_edges,
-        )  # fmt: skip
-
-    def plan(self, clusters: Sequence[int], spans: Ranges, edges: Ranges) -> Batch:
-        """The batch of the rows in `spans`, whose edges lie in `edges`, ranges of the graph's `col`."""
-        try:
-            return self._plan(clusters, spans, edges)
-        except BaseException:
-            # Ctrl-C or no memory: the next plan must find a clean map
-            self._local.fill_(-1)
-            raise
-
-    def _plan(self, clusters: Sequence[int], spans: Ranges, edges: Ranges) -> Batch:
-        graph = self.graph
-        device, index = graph.device, graph.col.dtype
-        node_ids = torch.cat([torch.arange(first, last, device=device) for first, last in spans])
-        col = torch.cat([graph.col[first:last] for first, last in edges])
-        rowptr = self._rowptr(spans, edges)
-        num_nodes, num_edges = node_ids.numel(), col.numel()
-        local, scratch = self._local, torch.arange(max(num_nodes, num_edges), dtype=index, device=device)
-        start = 0
-        for first, last in spans:
-            local[first:last] = scratch[start : start + last - first]
-            start += last - first
-
-        local_col = local.index_select(0, col)
-        is_inner = local_col >= 0
-        inner_before = torch.zeros(num_edges + 1, dtype=index, device=device)
-        torch.cumsum(is_inner, 0, dtype=index, out=inner_before[1:])
-        inner_rowptr = inner_before.index_select(0, rowptr)
-        inner_place, outer_place = is_inner.nonzero().squeeze(1), (~is_inner).nonzero().squeeze(1)
-        inner_col = local_col.index_select(0, inner_place)
-        outer_col = col.index_select(0, outer_place)
-        halo_ids, outer_slot = self._halo(outer_col, scratch)
-        for first, last in spans:
-            local[first:last] = -1
-
-        weight = None
-        if graph.weight is not None:
-            weight = torch.cat([graph.weight[first:last] for first, last in edges])
-            weight = weight.index_select(0, torch.cat([inner_place, outer_place]))
-
-        def edge_ids() -> Tensor:
-            ids = torch.cat([torch.arange(first, last, device=device) for first, last in edges])
-            return ids.index_select(0, torch.cat([inner_place, outer_place]))
-
-        return Batch(
-            graph=graph, clusters=clusters, spans=torch.tensor(spans), node_ids=node_ids, halo_ids=halo_ids,
-            inner=Csr(inner_rowptr, inner_col), outer=Csr(rowptr - inner_rowptr, outer_col), outer_slot=outer_slot,
-            edge_weight=weight, edge_ids=edge_ids, places=(inner_place, outer_place), hub_edges=self.hub_edges,
-        )  # fmt: skip
-
-    def _rowptr(self, spans: Ranges, edges: Ranges) -> Tensor:
-        parts, before = [self.graph.rowptr.new_zeros(1)], 0
-        for (first, last), (first_edge, last_edge) in zip(spans, edges, strict=True):
-            parts.append(self.graph.rowptr[first + 1 : last + 1] + (before - first_edge))
-            before += last_edge - first_edge
-        return torch.cat(parts)
-
-    def _halo(self, outer_col: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        """(distinct ids ascending, place of each column among them); borrows the map, leaves -1 behind."""
-        local, num_outer = self._local, outer_col.numel()
-        if num_outer == 0:
-            return outer_col.long(), outer_col
-        # every column writes its edge and one edge of each column stays: those are the distinct ids, whichever won
-        order, ids = scratch[:num_outer], outer_col.long()
-        local[ids] = order
-        is_representative = local.index_select(0, ids) == order
-        halo_ids = ids[is_representative].sort().values
-        local[halo_ids] = scratch[: halo_ids.numel()]
-        outer_slot = local.index_select(0, ids)
-        local[halo_ids] = -1
-        return halo_ids, outer_slot
+def _static_name(static: StaticTable) -> str:
+    return f"{static.reduce} of x{', weighted' if static.weighted else ''}"

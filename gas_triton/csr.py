@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,3 +78,34 @@ def find_hubs(rowptr: Tensor, num_edges: int, hub_edges: int) -> list[Tensor]:
         torch.where(is_row, hub_row, -1).to(torch.int32),
         torch.cat([hub_ptr.new_zeros(1), hub_ptr]).to(torch.int32),
     ]
+
+
+def sample_edges(counts: list[int], p: float, seed: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Places of the edges that stay where each is left out with probability `p`, independently of all others.
+
+    The host draws how many stay, from the binomial distribution, and the device which ones: so sizes are known without
+    waiting for the device.
+
+    Args:
+        counts: edges of each list.
+        p: probability in [0, 1).
+        seed: of the draw; a device draws other edges than another.
+        device: where the edges are.
+        dtype: integer dtype of the result.
+
+    Returns:
+        For each list the places of its edges that stay, ascending.
+    """
+    on_host = np.random.default_rng(seed)
+    on_device = torch.Generator(device).manual_seed(seed)
+    kept = []
+    for count in counts:
+        order = torch.randperm(count, generator=on_device, dtype=dtype, device=device)
+        kept.append(order[: int(on_host.binomial(count, 1.0 - p))].sort().values)
+    return kept
+
+
+def select_edges(csr: Csr, kept: Tensor) -> Csr:
+    """The edges of `csr` at the places `kept`, which ascend, in the same rows."""
+    rowptr = torch.searchsorted(kept, csr.rowptr.to(kept.dtype)).to(csr.rowptr.dtype)
+    return Csr(rowptr, csr.col.index_select(0, kept))

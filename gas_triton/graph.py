@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Graph:
         rowptr: int32 or int64 [N + 1] (int32 wherever N and E allow).
         col: same dtype, [E].
         weight: floating [E], or None for an unweighted graph.
+        edge_attr: edge features [E, ...] of any dtype in the order of `col`, or None.
         normalization: "gcn" after `gcn_norm`, else None.
         self_loop_weight: the weight that `add_self_loops` gave to new loops, None if it was not called.
         row_order: names the order of the rows; changes with `permute`.
@@ -39,6 +40,7 @@ class Graph:
         csr: Csr,
         weight: Tensor | None = None,
         *,
+        edge_attr: Tensor | None = None,
         symmetric: bool | None = None,
         normalization: str | None = None,
         self_loop_weight: float | None = None,
@@ -46,6 +48,7 @@ class Graph:
     ) -> None:
         self.csr = csr
         self.weight = weight
+        self.edge_attr = edge_attr
         self.normalization = normalization
         self.self_loop_weight = self_loop_weight
         self.row_order = row_order or f"given-{csr.num_rows}"
@@ -56,7 +59,11 @@ class Graph:
 
     @classmethod
     def from_edge_index(
-        cls, edge_index: Tensor, edge_weight: Tensor | None = None, num_nodes: int | None = None
+        cls,
+        edge_index: Tensor,
+        edge_weight: Tensor | None = None,
+        num_nodes: int | None = None,
+        edge_attr: Tensor | None = None,
     ) -> Graph:
         """Builds a graph from an edge list in PyG's layout.
 
@@ -64,9 +71,10 @@ class Graph:
             edge_index: integer [2, E]; `edge_index[0]` sources j, `edge_index[1]` targets i.
             edge_weight: floating [E] or None.
             num_nodes: N; the largest id + 1 if None.
+            edge_attr: edge features [E, ...] of any dtype, or None.
 
         Raises:
-            TypeError: `edge_index` is not an integer tensor, or `edge_weight` not a floating one.
+            TypeError: `edge_index` is no integer tensor, `edge_weight` no floating one, or `edge_attr` no tensor.
             ValueError: a wrong shape, an id out of range, a weight that is not finite, or no node at all.
         """
         _check_edge_index(edge_index)
@@ -75,6 +83,7 @@ class Graph:
         _check_nodes(num_nodes)
         _check_range("edge_index", edge_index, num_nodes)
         weight = _check_weight("edge_weight", edge_weight, edge_index.size(1), edge_index.device)
+        edge_attr = _check_edge_attr(edge_attr, edge_index.size(1), edge_index.device)
         dtype = _index_dtype(num_nodes, edge_index.size(1))
         source, target = edge_index.long()
         key, order = torch.sort(target * num_nodes + source, stable=True)
@@ -82,16 +91,20 @@ class Graph:
         boundaries = torch.arange(num_nodes + 1, device=key.device)
         rowptr = torch.searchsorted(target, boundaries).to(dtype)
         col = (key - target * num_nodes).to(dtype)
-        return cls(Csr(rowptr, col), None if weight is None else weight.index_select(0, order))
+        weight, edge_attr = (None if t is None else t.index_select(0, order) for t in (weight, edge_attr))
+        return cls(Csr(rowptr, col), weight, edge_attr=edge_attr)
 
     @classmethod
-    def from_csr(cls, rowptr: Tensor, col: Tensor, weight: Tensor | None = None) -> Graph:
+    def from_csr(
+        cls, rowptr: Tensor, col: Tensor, weight: Tensor | None = None, edge_attr: Tensor | None = None
+    ) -> Graph:
         """Builds a graph from CSR arrays by target row.
 
         Args:
             rowptr: integer [N + 1], from 0 to E, not decreasing.
             col: integer [E], source ids in [0, N).
             weight: floating [E] or None.
+            edge_attr: edge features [E, ...] of any dtype, or None.
         """
         for name, value in (("rowptr", rowptr), ("col", col)):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
@@ -105,6 +118,7 @@ class Graph:
             raise ValueError(f"rowptr must rise from 0 to the number of edges ({num_edges}), got {_ends(rowptr)}")
         _check_range("col", col, num_nodes)
         weight = _check_weight("weight", weight, num_edges, col.device)
+        edge_attr = _check_edge_attr(edge_attr, num_edges, col.device)
         dtype = _index_dtype(num_nodes, num_edges)
         rowptr, col = rowptr.to(dtype), col.to(dtype)
         step = col.diff()
@@ -112,14 +126,15 @@ class Graph:
         is_row_start[rowptr.long()] = True
         if bool(((step < 0) & ~is_row_start[1:num_edges]).any()):
             edge_index = torch.stack([col.long(), row_of_edge(rowptr, col)])
-            return cls.from_edge_index(edge_index, weight, num_nodes)
-        return cls(Csr(rowptr.contiguous(), col.contiguous()), weight)
+            return cls.from_edge_index(edge_index, weight, num_nodes, edge_attr)
+        return cls(Csr(rowptr.contiguous(), col.contiguous()), weight, edge_attr=edge_attr)
 
     @classmethod
-    def from_torch_csr(cls, adj_t: Tensor) -> Graph:
+    def from_torch_csr(cls, adj_t: Tensor, edge_attr: Tensor | None = None) -> Graph:
         """Builds a graph from a square `torch.sparse_csr` tensor whose rows are targets.
 
         Its values become weights; integers (of an adjacency of ones, say) in torch's default floating dtype.
+        `edge_attr` [E, ...] is in the order of the values.
         """
         if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
             raise TypeError(f"adj_t must be a torch.sparse_csr tensor, got {_describe(adj_t)}")
@@ -127,34 +142,41 @@ class Graph:
         weight = adj_t.values()
         if not weight.is_floating_point() and not weight.is_complex():
             weight = weight.to(torch.get_default_dtype())
-        return cls.from_csr(adj_t.crow_indices(), adj_t.col_indices(), weight)
+        return cls.from_csr(adj_t.crow_indices(), adj_t.col_indices(), weight, edge_attr)
 
     @classmethod
-    def from_torch_sparse(cls, adj_t: SparseTensor) -> Graph:
-        """Builds a graph from a square `torch_sparse.SparseTensor` whose rows are targets (PyG's `adj_t`)."""
+    def from_torch_sparse(cls, adj_t: SparseTensor, edge_attr: Tensor | None = None) -> Graph:
+        """Builds a graph from a square `torch_sparse.SparseTensor` whose rows are targets (PyG's `adj_t`).
+
+        `edge_attr` [E, ...] is in the order of its `csr()`.
+        """
         if not hasattr(adj_t, "csr") or not hasattr(adj_t, "sparse_sizes"):
             raise TypeError(f"adj_t must be a torch_sparse.SparseTensor, got {_describe(adj_t)}")
         _check_square("adj_t", tuple(adj_t.sparse_sizes()))
         rowptr, col, weight = adj_t.csr()
-        return cls.from_csr(rowptr, col, weight)
+        return cls.from_csr(rowptr, col, weight, edge_attr)
 
     @classmethod
     def from_pyg(cls, data: Data) -> Graph:
         """Builds a graph from a PyG `Data` with `adj_t` (SparseTensor or torch CSR) or `edge_index`.
 
-        `edge_weight`, or else a one-dimensional `edge_attr`, becomes the weights.
+        `edge_weight`, or else a one-dimensional floating `edge_attr`, becomes the weights; any other `edge_attr` the
+        edge features. Beside `adj_t`, `edge_attr` is in the order in which `ToSparseTensor` leaves it, that of `adj_t`.
         """
+        attr = getattr(data, "edge_attr", None)
+        is_weight = attr is not None and attr.dim() == 1 and attr.is_floating_point()
         adj_t = getattr(data, "adj_t", None)
         if adj_t is not None:
-            return cls.from_torch_csr(adj_t) if isinstance(adj_t, Tensor) else cls.from_torch_sparse(adj_t)
+            attr = None if is_weight else attr
+            is_csr = isinstance(adj_t, Tensor)
+            return cls.from_torch_csr(adj_t, attr) if is_csr else cls.from_torch_sparse(adj_t, attr)
         edge_index = getattr(data, "edge_index", None)
         if edge_index is None:
             raise ValueError(f"data must have edge_index or adj_t, got {_describe(data)}")
         weight = getattr(data, "edge_weight", None)
-        if weight is None:
-            attr = getattr(data, "edge_attr", None)
-            weight = attr if attr is not None and attr.dim() == 1 and attr.is_floating_point() else None
-        return cls.from_edge_index(edge_index, weight, data.num_nodes)
+        if weight is None and is_weight:
+            weight, attr = attr, None
+        return cls.from_edge_index(edge_index, weight, data.num_nodes, attr)
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -185,7 +207,7 @@ class Graph:
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.rowptr, self.col, self.weight]
+        tensors = [self.rowptr, self.col, self.weight, self.edge_attr]
         if self._transposed is not None:
             tensors += list(self._transposed)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -214,6 +236,8 @@ class Graph:
         parts = [f"num_nodes={self.num_nodes}", f"num_edges={self.num_edges}"]
         if self.weight is not None:
             parts.append("weighted")
+        if self.edge_attr is not None:
+            parts.append(f"edge_attr={list(self.edge_attr.shape)}")
         if self.normalization:
             parts.append(f"normalization={self.normalization}")
         if self._symmetric is not None:
@@ -243,11 +267,18 @@ class Graph:
             rowptr=self.rowptr.long(), col=self.col.long(), value=self.weight, sparse_sizes=size, is_sorted=True
         )
 
-    def add_self_loops(self, fill_value: float = 1.0) -> Graph:
-        """One loop at every node: existing ones keep their weight, new ones get `fill_value`.
+    def add_self_loops(
+        self, fill_value: float = 1.0, *, edge_attr_fill: float | Tensor | Literal["mean", "add", "min", "max"] = "mean"
+    ) -> Graph:
+        """One loop at every node: existing ones keep their weight and features, new ones are given some.
 
         Equal to `torch_geometric.utils.add_remaining_self_loops`. That forgets `fill_value` where there are no weights;
         here they are 1 then.
+
+        Args:
+            fill_value: weight of a new loop.
+            edge_attr_fill: features of a new loop: a number, one edge's features, or how to reduce those of the edges
+                into the node (0 without any). "mean" is what PyG's attention layers do.
         """
         source, target = self.edge_index()
         is_loop = source == target
@@ -260,7 +291,12 @@ class Graph:
             loop_weight = weight.new_full((self.num_nodes,), fill_value)
             loop_weight[source[is_loop]] = weight[is_loop]
             weight = torch.cat([weight[~is_loop], loop_weight])
-        graph = Graph.from_edge_index(edge_index, weight, self.num_nodes)
+        attr = self.edge_attr
+        if attr is not None:
+            loop_attr = _loop_attr(attr, target, self.num_nodes, edge_attr_fill)
+            loop_attr[source[is_loop]] = attr[is_loop]
+            attr = torch.cat([attr[~is_loop], loop_attr])
+        graph = Graph.from_edge_index(edge_index, weight, self.num_nodes, attr)
         graph._symmetric, graph.row_order = self._symmetric, self.row_order
         graph.self_loop_weight = fill_value
         return graph
@@ -284,7 +320,7 @@ class Graph:
         scale.masked_fill_(scale.isinf(), 0.0)
         normalized = weight * (scale[target] * scale[self.col.long()])
         return Graph(
-            self.csr, normalized, symmetric=self._symmetric, normalization="gcn",
+            self.csr, normalized, edge_attr=self.edge_attr, symmetric=self._symmetric, normalization="gcn",
             self_loop_weight=self.self_loop_weight, row_order=self.row_order,
         )  # fmt: skip
 
@@ -301,7 +337,7 @@ class Graph:
         rank = torch.empty_like(perm)
         rank[perm] = torch.arange(self.num_nodes, device=perm.device)
         rank = rank.to(self.device)
-        graph = Graph.from_edge_index(rank[self.edge_index()], self.weight, self.num_nodes)
+        graph = Graph.from_edge_index(rank[self.edge_index()], self.weight, self.num_nodes, self.edge_attr)
         graph._symmetric, graph.normalization = self._symmetric, self.normalization
         graph.self_loop_weight = self.self_loop_weight
         graph.row_order = self.permuted_order(perm)
@@ -326,8 +362,8 @@ class Graph:
     def _map(self, move: Any) -> Graph:
         graph = Graph(
             Csr(move(self.rowptr), move(self.col)), None if self.weight is None else move(self.weight),
-            symmetric=self._symmetric, normalization=self.normalization, self_loop_weight=self.self_loop_weight,
-            row_order=self.row_order,
+            edge_attr=None if self.edge_attr is None else move(self.edge_attr), symmetric=self._symmetric,
+            normalization=self.normalization, self_loop_weight=self.self_loop_weight, row_order=self.row_order,
         )  # fmt: skip
         return graph
 
@@ -387,6 +423,36 @@ def _check_weight(name: str, weight: Any, num_edges: int, device: torch.device) 
         edge = int((~finite).nonzero()[0])
         raise ValueError(f"{name} must be finite, got {float(weight[edge])} at edge {edge}")
     return weight.detach().contiguous()
+
+
+def _check_edge_attr(edge_attr: Any, num_edges: int, device: torch.device) -> Tensor | None:
+    if edge_attr is None:
+        return None
+    if not isinstance(edge_attr, Tensor):
+        raise TypeError(f"edge_attr must be a tensor [{num_edges}, ...], got {_describe(edge_attr)}")
+    if edge_attr.dim() == 0 or edge_attr.size(0) != num_edges:
+        raise ValueError(f"edge_attr must have {num_edges} rows, one for each edge, got shape {list(edge_attr.shape)}")
+    if edge_attr.device != device:
+        raise ValueError(f"edge_attr is on {edge_attr.device} but the edges are on {device}")
+    return edge_attr.detach().contiguous()
+
+
+def _loop_attr(edge_attr: Tensor, target: Tensor, num_nodes: int, fill: float | Tensor | str) -> Tensor:
+    shape = (num_nodes, *edge_attr.shape[1:])
+    if not isinstance(fill, str):
+        if isinstance(fill, Tensor) and fill.shape not in ((), edge_attr.shape[1:]):
+            raise ValueError(
+                f"edge_attr_fill must have the shape of one edge's features, {list(edge_attr.shape[1:])}, got "
+                f"{list(fill.shape)}"
+            )
+        fill = torch.as_tensor(fill, dtype=edge_attr.dtype, device=edge_attr.device)
+        return fill.expand(shape).clone()
+    reductions = {"mean": "mean", "add": "sum", "min": "amin", "max": "amax"}
+    if fill not in reductions:
+        raise ValueError(f"edge_attr_fill must be a number, a tensor, or one of {', '.join(reductions)}, got {fill!r}")
+    index = target.view(-1, *[1] * (edge_attr.dim() - 1)).expand_as(edge_attr)
+    loops = edge_attr.new_zeros(shape)
+    return loops.scatter_reduce(0, index, edge_attr, reductions[fill], include_self=False)
 
 
 def _check_square(name: str, size: tuple[int, ...]) -> None:

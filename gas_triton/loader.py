@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gas_triton.batch import Batch, Planner
+from gas_triton.batch import Batch
 from gas_triton.graph import Graph
 from gas_triton.partition import Partition
+from gas_triton.planner import Planner
+
+if TYPE_CHECKING:
+    from gas_triton.static import StaticTable
 
 
 class ClusterLoader:
@@ -31,7 +37,8 @@ class ClusterLoader:
         ValueError: a tensor without N rows or named like an attribute of `Batch`, a mask that is not [N], a graph that
             `parts` did not permute, or a `batch_size` below 1.
 
-    The `epoch` attribute counts the epochs begun; set it to repeat one.
+    The `epoch` attribute counts the epochs begun; set it to repeat one. `static` holds what `aggregate_features` made,
+    by (reduce, weighted).
     """
 
     def __init__(
@@ -61,9 +68,11 @@ class ClusterLoader:
         self.graph, self.parts = graph, parts
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
         self.x, self.node_tensors = x, tensors
+        self.static: dict[tuple[str, bool], StaticTable] = {}
         # found by sorting all edges, once: not in the first step
         _ = graph.is_symmetric
         self._planner = Planner(graph)
+        self._halo_planner: Planner | None = None
         self._ptr = parts.ptr.tolist()
         self._edge_ptr = graph.rowptr[parts.ptr.to(graph.device)].tolist()
         self._planned: dict[tuple[int, ...], Batch] = {}
@@ -101,6 +110,30 @@ class ClusterLoader:
             self._planned[key] = batch
         return self._with_tensors(batch)
 
+    def halo_batch(self, batch: Batch, mutual: bool = True) -> Batch:
+        """The halo rows of a batch as a batch of their own, whose halo are the rows of `batch`; made once for a plan.
+
+        Its edges are those of the graph into these rows from rows of either: its rows are incomplete.
+
+        Args:
+            batch: a batch of this loader.
+            mutual: whether edges among the halo rows are kept.
+
+        Raises:
+            ValueError: a batch of another graph.
+        """
+        ours = self.graph.row_order
+        if batch.row_order != ours:
+            raise ValueError(f"batch is of a graph in the order {batch.row_order}, the loader's is {ours}")
+
+        def plan() -> Batch:
+            if self._halo_planner is None:
+                # with a map of its own: on a GPU the other one may be in use by the stream that plans ahead
+                self._halo_planner = Planner(self.graph)
+            return self._halo_planner.around(batch.to(self.graph.device), mutual).to(batch.device)
+
+        return batch._once(f"halo batch, mutual={mutual}", plan)
+
     def full(self) -> Batch:
         """The whole graph as one batch: no halo, so the same model trains full-batch."""
         if (-1,) not in self._planned:
@@ -112,8 +145,67 @@ class ClusterLoader:
         for start in range(0, self.parts.num_parts, self.batch_size):
             yield self.batch(list(range(start, min(start + self.batch_size, self.parts.num_parts))))
 
+    def aggregate_features(
+        self,
+        reduce: str = "sum",
+        weighted: bool = True,
+        tier: str = "device",
+        dtype: torch.dtype | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        own_rows: bool = True,
+    ) -> StaticTable:
+        """Aggregates x over the neighbours of every node, once, so that the first layer needs no halo.
+
+        Features that never change give the same aggregate in every step. In batches made from now on, a layer that is
+        given `batch.features` reads its B rows of the table instead of its neighbours (GCNConv: "sum"; GINConv: "sum"
+        with `weighted=False`; SAGEConv: its `aggr` with `weighted=False`), and `batch.features` works with an x on
+        another device too. Layers that drop features of their input or leave the halo out, batches without some of
+        their edges and other reductions read the neighbours as before.
+
+        The table is computed cluster by cluster in the memory of one batch, in the order of the graph's edges: it has
+        the bits of a full-batch step. An interrupted call leaves the loader as it was.
+
+        Args:
+            reduce: "sum", "mean", "max" or "min".
+            weighted: whether edges count by the graph's weights; without weights both are the same table.
+            tier: where the table lives. "device": with the graph. "pinned": in host memory, page-locked for a GPU.
+                "file": in a temporary file. "auto": the first of these that has room.
+            dtype: storage dtype; rows are widened when they are read. That of x if None.
+            path: folder of the "file" tier, made if missing; $TMPDIR or /var/tmp if None.
+            own_rows: whether batches on another device than x fetch their B rows of it ahead too, for layers that read
+                them beside the aggregate (SAGEConv and GINConv do, GCNConv does not).
+
+        Returns:
+            The table, which `static` keeps.
+
+        Raises:
+            TypeError: x is not a floating [N, F].
+            ValueError: no x, an x with gradient, an unknown name, or a dtype too narrow for the aggregate. Later, by
+                the batches: x was changed in place, or `loader.x` set, after this call.
+            MemoryError: more than the host has free.
+            OSError: the file cannot be made.
+        """
+        # the histories, whose memories this uses, import the loader
+        from gas_triton.static import make_table
+
+        groups = range(0, self.parts.num_parts, self.batch_size)
+        ends = [min(first + self.batch_size, self.parts.num_parts) for first in groups]
+        ranges = [
+            (self._ptr[first], self._ptr[last], self._edge_ptr[first], self._edge_ptr[last])
+            for first, last in zip(groups, ends, strict=True)
+        ]
+        table = make_table(
+            self.graph, self.x, ranges, reduce=reduce, weighted=weighted, tier=tier, dtype=dtype, path=path,
+            own_rows=own_rows, hub_edges=self._planner.hub_edges,
+        )  # fmt: skip
+        self.static[table.reduce, table.weighted] = table
+        return table
+
     def _with_tensors(self, planned: Batch) -> Batch:
-        return planned.with_tensors(self.x, self.node_tensors)
+        for table in self.static.values():
+            table.check(self.x)
+        return planned.with_tensors(self.x, self.node_tensors, self.static)
 
     def __repr__(self) -> str:
         return (

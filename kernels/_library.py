@@ -1,4 +1,4 @@
-"""Registration of an op with torch.library: one implementation a device, shapes for tracing, a gradient."""
+"""What every op has: a registration with torch.library, and a dtype in which it accumulates."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("gas_triton", "DEF")
+
+
+def accumulator_of(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def define(
@@ -20,7 +25,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `gas_triton::<schema>` and returns what calls it.
+    """Defines `gas_triton::<schema>` and returns what calls it; only the first output can have a gradient.
 
     `Library.define` and `impl` cost about a quarter of `torch.library.custom_op` for each call, and a layer call
     crosses this boundary once. In eager mode the gradient is an `autograd.Function` around the op, a third of the cost
@@ -42,10 +47,14 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*inputs)
         setup_context(ctx, inputs, output)
+        # or zeros of the size of every other output would be written for each backward
+        ctx.set_materialize_grads(False)
         return output
 
     @once_differentiable
     def flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         # `autograd.Function` wants one gradient for a list argument, `register_autograd` a list of them
         return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))
 

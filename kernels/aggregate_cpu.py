@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gas_triton.kernels._library import accumulator_of
 from gas_triton.kernels.csr_rows import degree, row_of_edge
 from gas_triton.kernels.dropout import keep_mask
 from gas_triton.kernels.pull import pull_cpu, widen
@@ -18,8 +19,9 @@ def aggregate_cpu(
     x: Tensor, table: Tensor | None, scale: Tensor | None, weight: Tensor | None, inner: list[Tensor],
     outer: list[Tensor], transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor],
     hubs_transposed: list[Tensor], reduce: str, dropout: float, seed: Tensor | None, hub_edges: int, staged: bool,
+    residual: Tensor | None = None, residual_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator_of(x)
     num_rows, num_inner = inner[0].numel() - 1, inner[1].numel()
     winner = torch.empty(0, dtype=torch.int32)
     weight = None if weight is None else weight.to(dtype)
@@ -45,6 +47,10 @@ def aggregate_cpu(
             out.add_(_bag_sum(*part))
         if reduce == "mean":
             out.div_(degree(inner, outer)[:, None])
+    if residual is not None:
+        out.lerp_(residual.to(dtype), residual_weight)
+    elif residual_weight != 0.0:
+        out.mul_(1.0 - residual_weight)
     return out.to(x.dtype), winner
 
 

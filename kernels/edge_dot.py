@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gas_triton.kernels._library import define
+from gas_triton.kernels._library import accumulator_of, define
 from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.dropout import keep, keep_mask, row_key, threshold
 from gas_triton.kernels.pull import widen
@@ -109,7 +109,7 @@ def _edge_dot_fake(
     grad: Tensor, table: Tensor, scale: Tensor | None, rowptr: Tensor, col: Tensor, node_ids: Tensor | None,
     winner: Tensor | None, first_edge: int, dropout: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    dtype = accumulator_of(grad)
     return torch.empty(col.shape, dtype=dtype, device=grad.device)
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import gas_triton as gas
-from gas_triton.batch import Planner
 from gas_triton.kernels import aggregate, dropout, pull, push
-from gas_triton.models import GCN, GIN, SAGE
+from gas_triton.models import GCN, GCN2, GIN, SAGE
+from gas_triton.planner import Planner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -98,8 +98,8 @@ class Fixed:
 @pytest.mark.parametrize("directed", [False, True])
 @pytest.mark.parametrize(
     "model_class, options",
-    [(GCN, {}), (SAGE, {}), (SAGE, {"aggr": "max"}), (GIN, {})],
-    ids=["gcn", "sage", "sage-max", "gin"],
+    [(GCN, {}), (SAGE, {}), (SAGE, {"aggr": "max"}), (GIN, {}), (GCN2, {})],
+    ids=["gcn", "sage", "sage-max", "gin", "gcn2"],
 )
 def test_training_equals_the_cpu_path(model_class, options, directed, monkeypatch):
     graph = tiny_graph(directed)
@@ -138,6 +138,23 @@ def test_training_with_stored_rows_equals_the_cpu_path(dtype, step, tier, monkey
         # a value between two steps may be rounded to either, where sums were taken in another order
         largest = theirs.abs().amax(dim=1, keepdim=True)
         assert bool(((ours.float() - theirs.float()).abs() <= 1.01 * step * largest + 1e-5).all())
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_aggregated_features_equal_those_of_the_cpu_path(reduce):
+    graph = tiny_graph(directed=True).add_self_loops().gcn_norm()
+    parts = gas.random_partition(graph, 4)
+    graph, x = parts.permute(graph, torch.randn(24, 5))
+    expected = gas.ClusterLoader(graph, parts, batch_size=2, x=x).aggregate_features(reduce).rows
+    loader = gas.ClusterLoader(graph.to(DEVICE), parts, batch_size=2, x=x.to(DEVICE))
+    loader._planner = Planner(loader.graph, hub_edges=8)
+    with cpu_ops_are(**TRITON if DEVICE.type == "cpu" else {}) as calls:
+        rows = loader.aggregate_features(reduce).rows
+        batch = loader.full()
+        weight = batch.edge_weight
+        assert torch.equal(rows, gas.functional.aggregate(batch.features, batch, reduce=reduce, edge_weight=weight))
+    assert DEVICE.type != "cpu" or calls["aggregate"] == 3
+    torch.testing.assert_close(rows.cpu(), expected)
 
 
 @pytest.mark.gpu

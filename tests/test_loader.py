@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gas_triton import Batch, ClusterLoader, Graph, Partition, contiguous_partition, metis, random_partition
-from gas_triton.batch import Planner
 from gas_triton.csr import Csr, Transposed, find_hubs
+from gas_triton.planner import Planner
 
 from .reference import GRAPHS, Edges, block, brute_force_plan, random_edges
 

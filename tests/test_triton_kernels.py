@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gas_triton.csr import find_hubs
-from gas_triton.kernels.aggregate import aggregate_ref, aggregate_triton, tile, winners_triton
+from gas_triton.kernels.aggregate import aggregate_ref, aggregate_triton, winners_triton
 from gas_triton.kernels.aggregate_cpu import aggregate_cpu, winners_cpu
+from gas_triton.kernels.aggregate_triton import tile
 from gas_triton.kernels.dropout import dropout_cpu, dropout_triton, keep_mask
 from gas_triton.kernels.edge_dot import edge_dot_cpu, edge_dot_triton
 from gas_triton.kernels.pull import widen

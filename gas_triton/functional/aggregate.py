@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from gas_triton.functional.dropout import check_probability
-from gas_triton.functional.rows import FLOATS, Features, Quantized, check_rows, describe
+from gas_triton.functional.dropout import check_seed
+from gas_triton.functional.rows import (
+    Features,
+    Halo,
+    Quantized,
+    check_floating,
+    check_rows,
+    edge_blocks,
+    reads_halo,
+    transposed_blocks,
+)
 from gas_triton.kernels.aggregate import REDUCTIONS
 from gas_triton.kernels.aggregate import aggregate as aggregate_op
 
@@ -25,14 +33,17 @@ def aggregate(
     reduce: Reduce = "sum",
     *,
     edge_weight: Tensor | None = None,
-    halo: Literal["read", "drop"] = "read",
+    halo: Halo = "read",
     history_dropout: float = 0.0,
     seed: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_weight: float = 0.0,
 ) -> Tensor:
     r"""Aggregates the neighbours of every in-batch row, halo neighbours included, in one pass.
 
-    `out_i = reduce_{j in N(i)} w_ij h_j`, where h_j is a row of `x` or, for a halo neighbour, of `history`. A row
-    without neighbours is 0; equal extrema give their gradient to one edge.
+    `out_i = (1 - a) reduce_{j in N(i)} w_ij h_j + a residual_i`, where h_j is a row of `x` or, for a halo neighbour, of
+    `history`, and a is `residual_weight`. What is reduced over no neighbours is 0; equal extrema give their gradient to
+    one edge.
 
     Args:
         x: [B + H, F] (in-batch rows, then halo rows, gradient to all), or [B, F] with `history`, or `batch.features`;
@@ -46,6 +57,10 @@ def aggregate(
         halo: "drop" leaves halo neighbours out (Cluster-GCN, Chiang et al., KDD 2019).
         history_dropout: drops features of history rows with this probability, the same ones on every edge of a node.
         seed: int64 [1], names the dropout mask; needed with `history_dropout`.
+        residual: floating [B, F], with gradient; for reduce "sum" and "mean". Added where a row is written, in the
+            accumulator's precision: no further pass over the rows (GCNII: Chen et al., ICML 2020; APPNP: Gasteiger et
+            al., ICLR 2019).
+        residual_weight: a, in [0, 1]; more than 0 only with `residual`. A Triton kernel is compiled for each value.
 
     Returns:
         [B, F] in the dtype of `x`.
@@ -54,53 +69,37 @@ def aggregate(
         TypeError: an argument is not a floating tensor.
         ValueError: a wrong number of rows, width or device, or halo rows that nothing provides.
     """
-    inner, outer_csr = batch.inner, batch.outer
-    has_halo = batch.num_halo > 0 and halo == "read"
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    if halo not in ("read", "drop"):
-        raise ValueError(f"halo must be 'read' or 'drop', got {halo!r}")
-    check_probability("history_dropout", history_dropout)
-    if history_dropout > 0.0 and seed is None:
-        raise ValueError(f"history_dropout={history_dropout} needs a seed, got None: see draw_seed")
-    rows, source = check_rows(x, batch, history, has_halo)
-    table, scale, staged = source
-    if edge_weight is not None and edge_weight is not batch.edge_weight:
-        check_edge_weight(edge_weight, batch)
-
+    has_halo = reads_halo(batch, halo)
+    check_seed("history_dropout", history_dropout, seed)
+    if isinstance(x, Features) and not x.is_in_place:
+        x = x.rows()
+    rows, (table, scale, staged) = check_rows(x, batch, history, has_halo)
     is_graph_weight = edge_weight is None or edge_weight is batch.edge_weight
-    inner_col = batch.inner_graph_col if isinstance(x, Features) else inner.col
-    outer: list[Tensor] = []
-    if has_halo:
-        if isinstance(x, Features):
-            outer = [outer_csr.rowptr, outer_csr.col]
-        elif table is None:
-            outer = [outer_csr.rowptr, batch.outer_joint_col]
-        else:
-            outer = [outer_csr.rowptr, outer_csr.col, batch.outer_slot, batch.halo_ids]
-    elif edge_weight is not None and halo == "drop":
-        edge_weight = edge_weight[: inner.num_edges]
+    if not is_graph_weight:
+        check_floating("edge_weight", edge_weight, batch, [batch.num_edges])
+    if residual is not None or residual_weight != 0.0:
+        _check_residual(residual, residual_weight, reduce, batch, rows.size(1))
 
-    transposed: list[Tensor] = []
-    edge_id: Tensor | None = None
-    hubs_transposed: list[Tensor] = []
-    if rows.requires_grad and torch.is_grad_enabled():
-        if has_halo and table is None:
-            csr, hubs_transposed = batch.transposed_joint()
-        else:
-            shared = batch.symmetric and is_graph_weight and reduce in ("sum", "mean")
-            csr, hubs_transposed = batch.transposed_inner(shared)
-        transposed, edge_id = [csr.rowptr, csr.col], csr.edge_id
+    if edge_weight is not None and halo == "drop":
+        edge_weight = edge_weight[: batch.inner.num_edges]
+    inner, outer = edge_blocks(x, batch, table, has_halo)
+    # winners are edges: in a symmetric graph's own arrays they would be their reverses
+    may_share = is_graph_weight and reduce in ("sum", "mean")
+    transposed, edge_id, hubs_transposed = transposed_blocks(rows, batch, table, has_halo, may_share)
     return aggregate_op(
-        rows, table, scale, edge_weight, [inner.rowptr, inner_col], outer, transposed, edge_id, batch.hubs,
+        rows, table, scale, edge_weight, inner, outer, transposed, edge_id, batch.hubs,
         hubs_transposed, reduce, history_dropout if table is not None else 0.0, seed, batch.hub_edges, staged,
+        residual, residual_weight,
     )[0]  # fmt: skip
 
 
-def check_edge_weight(edge_weight: Any, batch: Batch) -> None:
-    if not isinstance(edge_weight, Tensor) or edge_weight.dtype not in FLOATS:
-        raise TypeError(f"edge_weight must be a floating tensor, got {describe(edge_weight)}")
-    if edge_weight.dim() != 1 or edge_weight.numel() != batch.num_edges:
-        raise ValueError(f"edge_weight must have shape [{batch.num_edges}], got {list(edge_weight.shape)}")
-    if edge_weight.device != batch.device:
-        raise ValueError(f"edge_weight is on {edge_weight.device} but the batch is on {batch.device}")
+def _check_residual(residual: Any, weight: float, reduce: Reduce, batch: Batch, num_features: int) -> None:
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"residual_weight must be in [0, 1], got {weight}")
+    if residual is None:
+        raise ValueError(f"residual_weight={weight} needs a residual, got None")
+    if reduce not in ("sum", "mean"):
+        raise ValueError(f"residual is for reduce 'sum' or 'mean', got {reduce!r}")
+    check_floating("residual", residual, batch, [batch.num_nodes, num_features])

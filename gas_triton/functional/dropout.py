@@ -42,3 +42,10 @@ def draw_seed(device: torch.device) -> Tensor:
 def check_probability(name: str, p: float) -> None:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
+
+
+def check_seed(name: str, p: float, seed: Tensor | None) -> None:
+    """Checks a probability, and that there is a seed if anything is dropped."""
+    check_probability(name, p)
+    if p > 0.0 and seed is None:
+        raise ValueError(f"{name}={p} needs a seed, got None: see draw_seed")

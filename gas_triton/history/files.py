@@ -321,9 +321,14 @@ def tables_in(path: Path) -> list[str]:
 
 def make_temporary() -> Path:
     """A new folder for large files."""
+    return Path(tempfile.mkdtemp(prefix="gas_triton_", dir=large_file_folder()))
+
+
+def large_file_folder() -> Path:
+    """Where large temporary files are made: $TMPDIR, or /var/tmp."""
     # Not tempfile's own default: /tmp is in memory on many systems, where a file tier would save none.
     place = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK | os.X_OK) else None)
-    return Path(tempfile.mkdtemp(prefix="gas_triton_", dir=place))
+    return Path(place or tempfile.gettempdir())
 
 
 def release(lock: int, temporary: Path | None, owner: int) -> None:

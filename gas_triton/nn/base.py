@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gas_triton import functional
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, Quantized, Reduce
+from gas_triton.functional import Features, Halo, Quantized, Reduce, StaticInput
+from gas_triton.functional.dropout import check_probability
+from gas_triton.functional.rows import FLOATS, check_halo
 from gas_triton.history import HistoryStore, ReadsHistory
-
-Halo = Literal["read", "drop"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,33 @@ class Source:
     history_dropout: float = 0.0
     seed: Tensor | None = None
 
-    def aggregate(self, reduce: Reduce, edge_weight: Tensor | None = None) -> Tensor:
-        """The neighbours' rows, reduced, [B, F]."""
+    def aggregate(
+        self,
+        reduce: Reduce,
+        edge_weight: Tensor | None = None,
+        residual: Tensor | None = None,
+        residual_weight: float = 0.0,
+    ) -> Tensor:
+        """The neighbours' rows, reduced, and mixed with `residual` if there is one, [B, F].
+
+        Those of unchanged features may have been aggregated before.
+        """
+        static = self._static_rows(reduce, edge_weight) if residual is None else None
+        if static is not None:
+            return static
         return functional.aggregate(
             self.x, self.batch, self.history, reduce, edge_weight=edge_weight, halo=self.halo,
-            history_dropout=self.history_dropout, seed=self.seed,
+            history_dropout=self.history_dropout, seed=self.seed, residual=residual, residual_weight=residual_weight,
         )  # fmt: skip
+
+    def _static_rows(self, reduce: Reduce, edge_weight: Tensor | None) -> Tensor | None:
+        is_of_graph = edge_weight is None or edge_weight is self.batch.edge_weight
+        # a handle of another batch has other rows
+        if not isinstance(self.x, Features) or self.x.node_ids is not self.batch.node_ids:
+            return None
+        if not is_of_graph or self.halo == "drop" or not self.batch.has_all_edges:
+            return None
+        return self.x.static_rows(reduce, edge_weight is not None)
 
     def transform_then_aggregate(
         self, transform: Callable[[Tensor], Tensor], reduce: Reduce, edge_weight: Tensor | None = None
@@ -84,12 +105,16 @@ class HistoryLayer(nn.Module, ReadsHistory):
 
     def __init__(self, input_dropout: float = 0.0, halo: Halo = "read") -> None:
         super().__init__()
-        functional.check_probability("input_dropout", input_dropout)
-        if halo not in ("read", "drop"):
-            raise ValueError(f"halo must be 'read' or 'drop', got {halo!r}")
+        check_probability("input_dropout", input_dropout)
+        check_halo(halo)
         self.input_dropout = input_dropout
         self.halo: Halo = halo
         self.history: HistoryStore | None = None
+
+    @property
+    def static_input(self) -> StaticInput | None:
+        """What the layer reads of features that never change; None if it transforms rows before it aggregates."""
+        return None
 
     def read(self, x: Tensor | Features, batch: Batch) -> Source:
         """Pushes in-batch rows to the history while training, and says where all rows are read.
@@ -105,7 +130,7 @@ class HistoryLayer(nn.Module, ReadsHistory):
                 return Source(x, batch, self.halo)
             seed = functional.draw_seed(batch.device)
             rows = functional.dropout(x.in_batch(), batch, p, seed)
-            return Source(rows, batch, self.halo, x.table, p, seed)
+            return Source(rows, batch, self.halo, x.halo(), p, seed)
         history = None
         if self.history is not None and x.size(0) == batch.num_nodes:
             history = self.history.exchange(x, batch, push=self.training, read=self.halo == "read")
@@ -120,16 +145,16 @@ class HistoryLayer(nn.Module, ReadsHistory):
             raise TypeError(f"batch must be a Batch of a ClusterLoader, got {type(batch).__name__}")
         name, rows = type(self).__name__, x.table if isinstance(x, Features) else x
         width: int | None = getattr(self, "in_channels", None)
-        if not isinstance(rows, Tensor) or rows.dtype not in functional.FLOATS:
+        if not isinstance(rows, Tensor) or rows.dtype not in FLOATS:
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"x must be a floating tensor or batch.features, got {got}")
         if rows.dim() != 2 or (width is not None and rows.size(1) != width):
             raise ValueError(f"x must have shape [rows, {width or 'features'}] for {name}, got {list(rows.shape)}")
-        if rows.device != batch.device:
-            raise ValueError(f"x is on {rows.device} but the batch is on {batch.device}: move one with .to()")
+        if x.device != batch.device:
+            raise ValueError(f"x is on {x.device} but the batch is on {batch.device}: move one with .to()")
         parameter = next(self.parameters(), None)
-        if parameter is not None and parameter.device != rows.device:
-            raise ValueError(f"x is on {rows.device} but {name}'s parameters are on {parameter.device}")
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name}'s parameters are on {parameter.device}")
         if parameter is None or parameter.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
             return
         raise TypeError(
@@ -140,8 +165,11 @@ class HistoryLayer(nn.Module, ReadsHistory):
         # a history follows its layer to another device, and never to another dtype
         super()._apply(fn, recurse)
         parameter = next(self.parameters(), None)
-        if self.history is not None and parameter is not None:
-            self.history.to(parameter.device)
+        for store in (self.history, self.gradient_history):
+            if store is not None:
+                # a layer without parameters goes where one would have gone
+                moved = fn(torch.empty(0, device=store.device)) if parameter is None else parameter
+                store.to(moved.device)
         return self
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features
+from gas_triton.functional import Features, StaticInput
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 
 
@@ -47,6 +47,10 @@ class GINConv(HistoryLayer):
             self.eps = torch.nn.Parameter(torch.tensor([float(eps)]))
         else:
             self.register_buffer("eps", torch.tensor([float(eps)]))
+
+    @property
+    def static_input(self) -> StaticInput:
+        return StaticInput("sum", weighted=False, own_rows=True)
 
     @property
     def history_dim(self) -> int:

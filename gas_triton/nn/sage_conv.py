@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, Reduce
+from gas_triton.functional import Features, Reduce, StaticInput
 from gas_triton.kernels.aggregate import REDUCTIONS
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 
@@ -57,6 +57,10 @@ class SAGEConv(HistoryLayer):
         self.lin_l = nn.Linear(in_channels, out_channels, bias=bias)
         if root_weight:
             self.lin_r = nn.Linear(in_channels, out_channels, bias=False)
+
+    @property
+    def static_input(self) -> StaticInput | None:
+        return None if self.project else StaticInput(self.aggr, weighted=False, own_rows=self.root_weight)
 
     @property
     def history_dim(self) -> int:
