@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import pygas
-from bench.side_by_side import Target, interleave, machine, parse_rounds, report
+from bench.side_by_side import Target, interleave, machine, parse_rounds, passes, report
 from gas_triton import Batch, ClusterLoader, Graph, contiguous_partition, functional
 from gas_triton.kernels.aggregate import row_of_edge
 
@@ -123,17 +123,7 @@ def forwards(problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def cases(problem: Problem, mode: str) -> dict[str, Callable[[], Tensor]]:
     """The same as functions of nothing; with a backward pass they give the gradient of `x`."""
-    ways = forwards(problem)
-    if mode == "forward":
-        return {name: functools.partial(way, problem.x) for name, way in ways.items()}
-
-    def both(way: Callable[[Tensor], Tensor]) -> Tensor:
-        x = problem.x.detach().requires_grad_()
-        way(x).backward(problem.grad)
-        assert x.grad is not None
-        return x.grad
-
-    return {name: functools.partial(both, way) for name, way in ways.items()}
+    return passes(forwards(problem), problem.x, problem.grad, mode)
 
 
 def largest_difference(problem: Problem) -> float:

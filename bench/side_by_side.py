@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import importlib.util
 import os
 import platform
 import statistics
@@ -12,8 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gas_triton.doctor import device_name
+from gas_triton.memory import peak_bytes
+from gas_triton.text import mebibytes
 
 Functions = Mapping[str, Callable[[], object]]
 
@@ -73,13 +78,51 @@ def report(title: str, seconds: Mapping[str, list[float]], base: str, targets: l
         median, fastest = _duration(statistics.median(values)), _duration(min(values))
         lines.append(f"  {name:{width}}  {median:>10}  {fastest:>10}  {ratio(seconds, name, base):.2f}x")
     for target in targets or []:
-        if target.slower not in seconds:
-            lines.append(f"  target {target.slower} / {target.faster} >= {target.at_least:g}x: not measured")
-            continue
-        reached = ratio(seconds, target.slower, target.faster)
-        verdict = "met" if reached >= target.at_least else "MISSED"
-        lines.append(f"  target {target.slower} / {target.faster} >= {target.at_least:g}x: {reached:.2f}x, {verdict}")
+        is_measured = target.slower in seconds
+        lines.append(_verdict(target, ratio(seconds, target.slower, target.faster) if is_measured else None))
     return "\n".join(lines)
+
+
+def peaks(functions: Functions) -> dict[str, int]:
+    """Most bytes that a call of each function allocates at once, after a call that does not count."""
+    found = {}
+    for name, function in functions.items():
+        function()
+        with peak_bytes("cpu") as peak:
+            function()
+        found[name] = peak.nbytes
+    return found
+
+
+def report_peaks(nbytes: Mapping[str, int], target: Target) -> str:
+    """A line of bytes, and whether the target for their ratio is met."""
+    line = "  peak memory: " + ", ".join(f"{name} {mebibytes(size)}" for name, size in nbytes.items())
+    is_measured = target.slower in nbytes
+    return f"{line}\n{_verdict(target, nbytes[target.slower] / nbytes[target.faster] if is_measured else None)}"
+
+
+def passes(
+    ways: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, grad: Tensor, mode: str
+) -> dict[str, Callable[[], Tensor]]:
+    """Functions of nothing: the output of `x`, or with mode "forward + backward" the gradient of `x`."""
+
+    def forward(way: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return way(x)
+
+    def both(way: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        way(leaf).backward(grad)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return {name: functools.partial(forward if mode == "forward" else both, way) for name, way in ways.items()}
+
+
+def missing_pyg() -> str | None:
+    """Why torch_geometric cannot be measured; None if it can."""
+    found = importlib.util.find_spec("torch_geometric") is not None
+    return None if found else "needs torch_geometric: pip install 'gas-triton[pyg]'"
 
 
 def parse_rounds(description: str | None, default: int) -> int:
@@ -100,6 +143,13 @@ def machine() -> str:
     if load > 0.5:
         line += f"\nwarning: the machine was busy (load {load:.1f}), so the times below are noisy"
     return line
+
+
+def _verdict(target: Target, reached: float | None) -> str:
+    line = f"  target {target.slower} / {target.faster} >= {target.at_least:g}x"
+    if reached is None:
+        return f"{line}: not measured"
+    return f"{line}: {reached:.2f}x, {'met' if reached >= target.at_least else 'MISSED'}"
 
 
 def _duration(seconds: float) -> str:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features
+from gas_triton.functional import Features, StaticInput
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+from gas_triton.nn.normalization import check_normalization
 
 
 class GCNConv(HistoryLayer):
@@ -56,6 +57,10 @@ class GCNConv(HistoryLayer):
         self.reset_parameters()
 
     @property
+    def static_input(self) -> StaticInput:
+        return StaticInput("sum", weighted=True, own_rows=False)
+
+    @property
     def history_dim(self) -> int:
         return self.in_channels
 
@@ -65,28 +70,20 @@ class GCNConv(HistoryLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
-        """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`."""
-        self._check_normalization(batch)
-        source = self.read(x, batch)
-        if source.is_cheaper_transformed(self.in_channels, self.out_channels):
-            out = source.transform_then_aggregate(self.lin, "sum", batch.edge_weight)
-        else:
-            out = self.lin(source.aggregate("sum", batch.edge_weight))
-        return out if self.bias is None else out + self.bias
+    def forward(self, x: Tensor | Features, batch: Batch, edge_weight: Tensor | None = None) -> Tensor:
+        """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`.
 
-    def _check_normalization(self, batch: Batch) -> None:
-        if not self.normalize:
-            return
-        fill_value = (2.0 if self.improved else 1.0) if self.add_self_loops else None
-        if batch.normalization == "gcn" and batch.self_loop_weight == fill_value:
-            return
-        loops = {None: "", 1.0: ".add_self_loops()", 2.0: ".add_self_loops(2.0)"}[fill_value]
-        raise ValueError(
-            f"GCNConv(normalize=True, add_self_loops={self.add_self_loops}, improved={self.improved}) needs a graph "
-            f"made by graph{loops}.gcn_norm(), got normalization={batch.normalization}, self loops of weight "
-            f"{batch.self_loop_weight}; GCNConv(normalize=False) uses the graph's weights as they are"
-        )
+        `edge_weight` [num_edges], in the batch's edge order and with gradient, stands in for the graph's weights.
+        """
+        if self.normalize:
+            check_normalization("GCNConv", batch, self.add_self_loops, self.improved)
+        source = self.read(x, batch)
+        edge_weight = batch.edge_weight if edge_weight is None else edge_weight
+        if source.is_cheaper_transformed(self.in_channels, self.out_channels):
+            out = source.transform_then_aggregate(self.lin, "sum", edge_weight)
+        else:
+            out = self.lin(source.aggregate("sum", edge_weight))
+        return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"
