@@ -180,6 +180,25 @@ def gin(p: Parameters, x: Tensor, edges: Block) -> Tensor:
     return F.linear(F.linear(h, p["nn.0.weight"], p["nn.0.bias"]).relu(), p["nn.2.weight"], p["nn.2.bias"])
 
 
+def light_pna(
+    p: Parameters, x: Tensor, edges: Block, aggregators: Sequence[str], scalers: Sequence[str], mean_log: float
+) -> Tensor:
+    """PyGAS's PNAConv; `mean_log` is the mean of log(degree + 1) over the graph."""
+    degree = torch.bincount(edges.target, minlength=edges.num_rows).to(x.dtype)[:, None]
+    scale = {
+        "identity": torch.ones_like(degree),
+        "amplification": (degree + 1).log() / mean_log,
+        "attenuation": mean_log / ((degree.clamp(min=1) + 1).log() + 1e-5),
+    }
+    out = F.linear(x[: edges.num_rows], p["lin.weight"], p["lin.bias"])
+    pairs = [(aggregator, scaler) for aggregator in aggregators for scaler in scalers]
+    for place, (aggregator, scaler) in enumerate(pairs):
+        h = F.linear(x, p[f"pre_lins.{place}.weight"], p[f"pre_lins.{place}.bias"]).relu()
+        h = aggregate(h, edges, reduce=aggregator)
+        out = out + scale[scaler] * F.linear(h, p[f"post_lins.{place}.weight"], p[f"post_lins.{place}.bias"])
+    return out
+
+
 # --- training with histories -----------------------------------------------------------------------------------------
 
 

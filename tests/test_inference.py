@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from gas_triton import Batch, ClusterLoader, Graph, attach_histories, contiguous_partition, inference, random_partition
 from gas_triton.models import MODELS, Stack
-from gas_triton.nn import GCNConv, GINConv, SAGEConv
+from gas_triton.nn import GATConv, GCN2Conv, GCNConv, GINConv, LightPNAConv, SAGEConv
 from gas_triton.nn.base import HistoryLayer
 
 from .reference import GRAPHS
 
+STACKS = [name for name, kind in MODELS.items() if issubclass(kind, Stack)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "batch_norm": {"batch_norm": True, "dropout": 0.5},
@@ -72,6 +73,7 @@ def whole(model: nn.Module, loader: ClusterLoader) -> Tensor:
 
 
 def make_stack(name: str, num_layers: int = 3, **options: Any) -> Stack:
+    options = {**MODELS[name].options_of(GRAPHS["directed"].graph()), **options}
     model = MODELS[name](6, 8, 4, num_layers, **options).double()
     for norm in model.norms:
         nn.init.uniform_(norm.running_mean, -1, 1)
@@ -80,7 +82,7 @@ def make_stack(name: str, num_layers: int = 3, **options: Any) -> Stack:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STACKS)
 def test_logits_are_those_of_the_whole_graph(name: str, options: str) -> None:
     loader = make_loader()
     model = make_stack(name, **OPTIONS[options])
@@ -154,16 +156,16 @@ class Calls:
         self.computed: Counter[tuple[HistoryLayer, tuple[int, ...]]] = Counter()
         self.rows: set[int] = set()
         self.forwards = 0
-        for layer_class in (GCNConv, SAGEConv, GINConv):
+        for layer_class in (GATConv, GCNConv, SAGEConv, GINConv, GCN2Conv, LightPNAConv):
             self._watch(layer_class, monkeypatch)
 
     def _watch(self, layer_class: type[HistoryLayer], monkeypatch: pytest.MonkeyPatch) -> None:
         compute = layer_class.forward
 
-        def forward(layer: HistoryLayer, x: Tensor, batch: Batch) -> Tensor:
-            self.computed[layer, tuple(batch.clusters)] += 1
+        def forward(layer: HistoryLayer, x: Tensor, *given: Any) -> Tensor:
+            self.computed[layer, tuple(given[-1].clusters)] += 1
             self.rows.add(x.size(0))
-            return compute(layer, x, batch)
+            return compute(layer, x, *given)
 
         monkeypatch.setattr(layer_class, "forward", forward)
 
@@ -173,7 +175,7 @@ class Calls:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STACKS)
 def test_a_stack_takes_one_sweep_a_layer_and_computes_each_layer_once_a_batch(
     name: str, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

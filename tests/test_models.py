@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -10,17 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gas_triton import Batch, ClusterLoader, attach_histories, functional, random_partition
-from gas_triton.models import GCN, GIN, MODELS, SAGE, Stack
+from gas_triton import Batch, ClusterLoader, attach_histories, functional, inference, random_partition
+from gas_triton.models import GCN, GIN, MODELS, PNA, SAGE, Stack
 
 from . import reference
 from .reference import GRAPHS, block
+
+PNA_OPTIONS: dict[str, Any] = {"aggregators": ["mean", "max", "sum"], "scalers": ["identity", "amplification"]}
 
 KINDS: dict[str, tuple[type[Stack], dict[str, Any], reference.Layer]] = {
     "GCN": (GCN, {"normalize": False}, reference.gcn),
     "SAGE": (SAGE, {}, reference.sage),
     "SAGE max": (SAGE, {"aggr": "max"}, lambda p, x, edges: reference.sage(p, x, edges, "max")),
     "GIN": (GIN, {}, reference.gin),
+    "PNA": (
+        PNA,
+        # two nodes of degree 1 and two of degree 3
+        {"deg": torch.tensor([0, 2, 0, 2]), **PNA_OPTIONS},
+        lambda p, x, edges: reference.light_pna(p, x, edges, mean_log=1.5 * math.log(2), **PNA_OPTIONS),
+    ),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -177,6 +186,35 @@ def test_options_reach_the_layers() -> None:
     model = SAGE(6, 8, 3, 2, aggr="max", project=True, halo="drop")
     assert [(conv.aggr, conv.project, conv.halo) for conv in model.convs] == [("max", True, "drop")] * 2
     assert not isinstance(GIN(6, 8, 3, 2, train_eps=False).convs[0].eps, nn.Parameter)
+
+
+def gin_of_the_example(model: GIN, batch: Batch, loader: ClusterLoader) -> Tensor:
+    """The forward of PyGAS's example on CLUSTER: no ReLU behind the skip connection."""
+    edges = block(loader.graph, range(loader.graph.num_nodes))
+    x = model.lins[0](batch.x).relu()
+    for conv in model.convs:
+        linear1, norm, _, linear2, _ = conv.nn
+        h = reference.aggregate(x, edges) + (1 + conv.eps) * x
+        scale = (norm.running_mean, norm.running_var) if not model.training else (None, None)
+        h = F.batch_norm(linear1(h), *scale, norm.weight, norm.bias, training=model.training)
+        x = linear2(h.relu()).relu() + x
+    return model.lins[1](x)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_gin_with_norms_in_its_perceptrons_is_that_of_pygas(is_training: bool) -> None:
+    model = make_model("GIN", linear=True, residual=True, perceptron_norm=True)
+    loader = make_loader()
+    batch = loader.full()
+    train_a_step(model, batch)
+    model.train(is_training)
+    results = [
+        [out, *torch.autograd.grad(F.cross_entropy(out, batch.y), list(model.parameters()))]
+        for out in (model(batch.x, batch), gin_of_the_example(model, batch, loader))
+    ]
+    torch.testing.assert_close(*results)
+    if not is_training:
+        torch.testing.assert_close(inference(model, loader), results[0][0].detach())
 
 
 def test_leaving_the_halo_out_needs_no_history(kind: str) -> None:

@@ -1,17 +1,24 @@
 """Tensor functions of a batch: they check shapes, say what is wrong, and call one op."""
 
 from gas_triton.functional.aggregate import Reduce, aggregate
-from gas_triton.functional.dropout import check_probability, draw_seed, dropout
-from gas_triton.functional.rows import FLOATS, Features, Quantized, halo_rows
+from gas_triton.functional.attention import attention
+from gas_triton.functional.dropout import draw_seed, dropout
+from gas_triton.functional.dynamic_attention import dynamic_attention
+from gas_triton.functional.multi_aggregate import MultiReduce, multi_aggregate
+from gas_triton.functional.rows import Features, Halo, Quantized, StaticInput, halo_rows
 
 __all__ = [
-    "FLOATS",
     "Features",
+    "Halo",
+    "MultiReduce",
     "Quantized",
     "Reduce",
+    "StaticInput",
     "aggregate",
-    "check_probability",
+    "attention",
     "draw_seed",
     "dropout",
+    "dynamic_attention",
     "halo_rows",
+    "multi_aggregate",
 ]

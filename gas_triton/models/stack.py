@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, check_probability
-from gas_triton.graph import Graph
-from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+from gas_triton.functional import Features, StaticInput
+from gas_triton.functional.dropout import check_probability
+from gas_triton.models.base import Model, check_sizes
+from gas_triton.nn.base import Halo, HistoryLayer
 
 
-class Stack(nn.Module):
+class Stack(Model):
     """A stack of layers of one kind; subclasses say which.
 
     Args:
@@ -30,6 +33,8 @@ class Stack(nn.Module):
         halo: "drop" leaves halo neighbours out (Cluster-GCN).
         **options: further arguments of the layer.
     """
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(torch.relu)
 
     def __init__(
         self,
@@ -47,13 +52,7 @@ class Stack(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("hidden_channels", hidden_channels),
-            ("out_channels", out_channels),
-            ("num_layers", num_layers),
-        ):
-            check_channels(name, value)
+        check_sizes(in_channels, hidden_channels, out_channels, num_layers)
         check_probability("dropout", dropout)
         self.hidden_channels = hidden_channels
         self.dropout, self.drop_input, self.residual = dropout, drop_input, residual
@@ -79,29 +78,23 @@ class Stack(nn.Module):
         num_norms = (num_layers if linear else num_layers - 1) if batch_norm else 0
         self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_channels) for _ in range(num_norms))
 
-    @staticmethod
-    def prepare(graph: Graph) -> Graph:
-        """The graph as the layers expect it; each model says which that is."""
-        return graph
-
-    @staticmethod
-    def options_of(graph: Graph) -> dict[str, Any]:
-        """Arguments of the model that depend on the graph, as a degree histogram does."""
-        return {}
-
     def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
-        """The layer of this model."""
+        """The next layer of this model; `self.convs` holds those before it."""
         raise NotImplementedError
 
+    def common_inputs(self, x: Tensor | Features, batch: Batch) -> tuple[Tensor, ...]:
+        """What every layer is given between its rows and the batch, made from the first layer's rows `x`."""
+        return ()
+
     @property
-    def reg_parameters(self) -> list[nn.Parameter]:
-        """Parameters that PyGAS gives weight decay: all others."""
-        kept = {id(p) for p in self.nonreg_parameters}
-        return [p for p in self.parameters() if id(p) not in kept]
+    def static_input(self) -> StaticInput | None:
+        first: Any = self.convs[0]
+        needed: StaticInput | None = None if len(self.lins) or first.input_dropout > 0.0 else first.static_input
+        return needed
 
     @property
     def nonreg_parameters(self) -> list[nn.Parameter]:
-        """Parameters that PyGAS does not: those of the linear ends, or else of the last layer."""
+        """Those of the linear ends, or else of the last layer."""
         last = self.lins if len(self.lins) else self.convs[-1:]
         return list(chain.from_iterable(module.parameters() for module in last))
 
@@ -118,14 +111,14 @@ class Stack(nn.Module):
             if self.drop_input:
                 rows = F.dropout(rows, self.dropout, self.training)
             x = self.lins[0](rows).relu()
-        depth = len(self.convs)
+        depth, common = len(self.convs), self.common_inputs(x, batch)
         for place, conv in enumerate(self.convs):
-            h = conv(x, batch)
+            h = conv(x, *common, batch)
             if place == depth - 1 and not len(self.lins):
                 return h
             if len(self.norms):
                 h = self.norms[place](h)
             if self.residual and h.size(1) == (x.num_features if isinstance(x, Features) else x.size(1)):
                 h = h + (x.in_batch() if isinstance(x, Features) else x[: batch.num_nodes])
-            x = h = h.relu()
+            x = h = self.activation(h)
         return self.lins[1](F.dropout(h, self.dropout, self.training))
