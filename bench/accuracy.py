@@ -29,6 +29,13 @@ WAYS: dict[str, tuple[str, str | None]] = {
     "histories": ("float32", "full-batch"),
     "bfloat16": ("bfloat16", "histories"),
     "int8": ("int8", "histories"),
+    "momentum": ("float32", "histories"),
+    "lmc": ("float32", "histories"),
+}
+# further settings of a way: gamma of GraphFM-OB, beta of LMC
+OPTIONS: dict[str, dict[str, Any]] = {
+    "momentum": {"halo_momentum": 0.3},
+    "lmc": {"halo_momentum": 0.5, "compensation": "lmc"},
 }
 MAX_DIFFERENCE = 0.5
 
@@ -59,7 +66,7 @@ def preset(name: str, way: str, seed: int, epochs: int = 200) -> TrainConfig:
     return TrainConfig(
         model="GCN", layers=2, hidden=hidden, dropout=dropout, lr=lr, weight_decay=decay,
         weight_decay_last=decay_last, grad_norm=grad_norm, epochs=epochs, num_parts=num_parts, batch_size=batch_size,
-        full_batch=way == "full-batch", history_dtype=WAYS[way][0], seed=seed,
+        full_batch=way == "full-batch", history_dtype=WAYS[way][0], seed=seed, **OPTIONS.get(way, {}),
     )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """Training graph neural networks on graphs that do not fit on the GPU, with historical embeddings."""
 
 from gas_triton import datasets, functional, models, nn
+from gas_triton.autoscale import autoscale
 from gas_triton.batch import Batch
 from gas_triton.checkpoint import load_checkpoint, save_checkpoint
+from gas_triton.compensation import Compensated
 from gas_triton.errors import MissingPackageError, NonFiniteError
 from gas_triton.functional import Features
 from gas_triton.graph import Graph
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "ClusterLoader",
+    "Compensated",
     "Features",
     "Graph",
     "Histories",
@@ -24,6 +27,7 @@ __all__ = [
     "NonFiniteError",
     "Partition",
     "attach_histories",
+    "autoscale",
     "contiguous_partition",
     "datasets",
     "functional",

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,11 +32,33 @@ class ReadsHistory:
     """What a layer has that pushes its input to a history and reads halo rows from it."""
 
     history: HistoryStore | None
+    # of the rows that the layer gives; see `gas_triton.compensation`
+    gradient_history: HistoryStore | None = None
 
     @property
     def history_dim(self) -> int:
         """Width of the layer's input rows."""
         raise NotImplementedError(f"{type(self).__name__} must say how wide its history is")
+
+    @property
+    def gradient_dim(self) -> int:
+        """Width of the layer's output rows.
+
+        `out_channels` of each head, `channels`, or that of the last linear layer, of its `nn` if it has one.
+        """
+        width = getattr(self, "out_channels", None)
+        if isinstance(width, int):
+            return width * (getattr(self, "heads", 1) if getattr(self, "concat", False) is True else 1)
+        width = getattr(self, "channels", None)
+        if isinstance(width, int):
+            return width
+        # a linear layer beside `nn` may be of edge features; PyG's says out_channels
+        within: nn.Module = getattr(self, "nn", cast(nn.Module, self))
+        linears = [m for m in within.modules() if type(m).__name__ == "Linear" or isinstance(m, nn.Linear)]
+        widths: list[Any] = [m.out_features if isinstance(m, nn.Linear) else m.out_channels for m in linears]
+        if not widths:
+            raise NotImplementedError(f"{type(self).__name__} must say how wide its output is, as gradient_dim")
+        return widths[-1]
 
 
 class Histories(Mapping[str, HistoryStore]):
@@ -309,6 +331,7 @@ def attach_histories(
     nonfinite: Nonfinite = "raise",
     path: str | os.PathLike[str] | None = None,
     reopen: bool = False,
+    gradients: bool = False,
 ) -> Histories:
     """Gives every layer but the first a history of its input, in place of those that the model had.
 
@@ -329,6 +352,8 @@ def attach_histories(
             says how.
         path: folder of the file tier; a temporary one, removed in the end, if None.
         reopen: go on with the tables that the folder holds.
+        gradients: makes a table for the gradients of these layers' outputs too, named like the layer and ".gradient",
+            for `Compensated(gradients=True)`.
 
     Returns:
         The tables, zero unless reopened.
@@ -367,6 +392,9 @@ def attach_histories(
     for name in dims:
         parameters = chain(model.get_submodule(name).parameters(), model.parameters())
         devices[name] = next((p.device for p in parameters), torch.device("cpu"))
+    if gradients:
+        dims |= {f"{name}.gradient": found[name].gradient_dim for name in dims}
+        devices |= {f"{name}.gradient": device for name, device in devices.items()}
     nbytes = sum(num_nodes * (dim * dtype.itemsize + 4 + 4 * (dtype == torch.int8)) for dim in dims.values())
     why = ""
     if tier not in ("file", "auto") and (path is not None or reopen):
@@ -402,4 +430,5 @@ def attach_histories(
         raise
     for name, layer in found.items():
         layer.history = stores.get(name)
+        layer.gradient_history = stores.get(f"{name}.gradient")
     return Histories(stores, folder, why)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gas_triton.functional import FLOATS
+from gas_triton.functional.rows import FLOATS
 from gas_triton.history.device import device_of
 from gas_triton.history.tiers import FileMemory, HostMemory, TableFolder
 

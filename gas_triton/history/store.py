@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gas_triton.errors import NonFiniteError
-from gas_triton.functional import FLOATS, Quantized
+from gas_triton.functional import Quantized
+from gas_triton.functional.rows import FLOATS
 from gas_triton.history.device import Event, named
 from gas_triton.history.rows import StoredRows
 from gas_triton.history.tiers import TableFolder
