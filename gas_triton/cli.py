@@ -8,9 +8,10 @@ import math
 import os
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ __all__ = ["main", "progress"]
 
 INTERRUPTED = 130
 FLAT_KEYS = (
-    "test_acc", "val_acc", "train_loss", "epoch_seconds", "peak_bytes", "num_parameters", "history_bytes", "best_epoch",
-    "transfers", "interrupted",
+    "test_acc", "val_acc", "train_loss", "epoch_seconds", "peak_bytes", "num_parameters", "history_bytes",
+    "static_bytes", "best_epoch", "transfers", "interrupted",
 )  # fmt: skip
 
 
@@ -59,15 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    from gas_triton import presets
     from gas_triton.training import Result, TrainConfig, check_output, find_device, train
 
-    config = TrainConfig(
-        model=args.model, layers=args.layers, hidden=args.hidden, dropout=args.dropout, lr=args.lr,
-        weight_decay=args.weight_decay, grad_norm=args.grad_norm, epochs=args.epochs, eval_every=args.eval_every,
-        num_parts=args.num_parts, batch_size=args.batch_size, partition=args.partition, full_batch=args.full_batch,
-        history_dtype=args.history_dtype, history_tier=args.history_tier, history_folder=args.history_folder,
-        nonfinite=args.nonfinite, prefetch_order=args.prefetch_order, seed=args.seed,
-    )  # fmt: skip
+    if args.list_presets:
+        print(presets.overview())
+        return 0
+    config = TrainConfig()
+    if args.preset is not None:
+        dataset_name, config = presets.load(args.preset)
+        args.dataset = dataset_name if args.dataset is None else args.dataset
+    if args.dataset is None:
+        args.usage_error("--dataset or --preset is needed")
+    config = replace(config, **_given(args, config))
     for flag, file in (("--json", args.json), ("--profile", args.profile)):
         if file is not None:
             check_output(flag, file)
@@ -95,11 +100,50 @@ def _train(args: argparse.Namespace) -> int:
     return INTERRUPTED if result.interrupted else 0
 
 
+def _given(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+    """The fields of a `TrainConfig` that were given as arguments."""
+    given = {name: value for name, value in vars(args).items() if name in vars(config)}
+    if args.model_option:
+        given["model_options"] = {**config.model_options, **dict(args.model_option)}
+    return given
+
+
+def _model_option(text: str) -> tuple[str, Any]:
+    """`name=value` with a TOML value, as (name, value)."""
+    name, equals, value = text.partition("=")
+    try:
+        if not (equals and name.isidentifier()):
+            raise ValueError
+        (only,) = tomllib.loads(f"value = {value}").values()
+        # TOML has dates, which the report could not say
+        json.dumps(only)
+        return name, only
+    except (ValueError, TypeError):
+        message = f'must be name=value with a value such as true, 0.1, \'"max"\' or \'["mean", "max"]\', got {text}'
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of arguments that may also be `none`, which takes back what a preset says."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__
+    return read
+
+
 def _report(args: argparse.Namespace, config: TrainConfig, result: Result, device: torch.device) -> dict[str, Any]:
     from gas_triton.doctor import versions
 
     flat = {key: _finite(getattr(result, key)) for key in FLAT_KEYS}
-    data = {"dataset": args.dataset, "split": args.split, "nodes": args.nodes, "edges": args.edges}
+    data = {
+        "preset": args.preset,
+        "dataset": args.dataset,
+        "split": args.split,
+        "nodes": args.nodes,
+        "edges": args.edges,
+    }
     return {**flat, "config": {**data, "device": str(device), **asdict(config)}, "versions": versions(device)}
 
 
@@ -115,10 +159,11 @@ def _summary(result: Result) -> str:
         return f"interrupted after {len(result.epochs)} epochs, before the first evaluation"
     peak = "memory not measured" if result.peak_bytes is None else f"{mebibytes(result.peak_bytes)} a step at most"
     history = f" + {mebibytes(result.history_bytes or 0)} histories" if result.history_bytes else ""
+    static = f" + {mebibytes(result.static_bytes)} aggregated features" if result.static_bytes else ""
     state = f"interrupted after {len(result.epochs)} epochs: " if result.interrupted else ""
     return (
         f"{state}test {result.test_acc:.4f} (validation {result.val_acc:.4f}, epoch {result.best_epoch}), "
-        f"{result.epoch_seconds:.3f} s an epoch, {peak}{history}, {result.num_parameters} parameters"
+        f"{result.epoch_seconds:.3f} s an epoch, {peak}{history}{static}, {result.num_parameters} parameters"
     )
 
 
@@ -232,39 +277,56 @@ def _say(args: argparse.Namespace, line: str) -> None:
         tqdm.write(line)  # above a bar that is being drawn
 
 
+def _data_options(required: bool) -> argparse.ArgumentParser:
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--dataset", required=required, help="generated, an npz file of --root, or a PyG or OGB name")
+    data.add_argument("--root", help="folder of npz files and downloads (default: $GAS_TRITON_DATA)")
+    data.add_argument("--split", type=int, default=0, help="which split of the dataset (default: %(default)s)")
+    data.add_argument("--nodes", type=int, help="nodes of the generated graph")
+    data.add_argument("--edges", type=int, help="directed edges of the generated graph, an even number")
+    data.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return data
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gas-triton", description="Train graph neural networks with historical embeddings (GNNAutoScale)."
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    data = argparse.ArgumentParser(add_help=False)
-    data.add_argument("--dataset", required=True, help="generated, an npz file of --root, or a PyG or OGB name")
-    data.add_argument("--root", help="folder of npz files and downloads (default: $GAS_TRITON_DATA)")
-    data.add_argument("--split", type=int, default=0, help="which split of the dataset (default: %(default)s)")
-    data.add_argument("--nodes", type=int, help="nodes of the generated graph")
-    data.add_argument("--edges", type=int, help="directed edges of the generated graph, an even number")
-    data.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", parents=[data, common], help="train a model and report its test accuracy")
-    train.set_defaults(run=_train)
-    options: list[tuple[str, Callable[[str], Any], Any, str]] = [
-        ("--model", str, "gcn", "gcn, sage or gin"),
-        ("--layers", int, 2, "layers"),
-        ("--hidden", int, 64, "width between layers"),
-        ("--dropout", float, 0.5, "probability, on the input of every layer"),
-        ("--lr", float, 0.01, "learning rate of Adam"),
-        ("--weight-decay", float, 0.0, "of all parameters but the last layer's"),
-        ("--grad-norm", float, None, "scale gradients down to this norm (default: leave them)"),
-        ("--num-parts", int, 40, "clusters"),
-        ("--batch-size", int, 10, "clusters of a batch"),
+    train = commands.add_parser(
+        "train", parents=[_data_options(required=False), common], help="train a model and report its test accuracy"
+    )
+    train.set_defaults(run=_train, usage_error=train.error)
+    train.add_argument("--preset", help="dataset and settings of the paper, such as cora-gcn; other arguments override")
+    train.add_argument("--list-presets", action="store_true", help="print the presets and end")
+    config: list[tuple[str, Callable[[str], Any], str, str]] = [
+        ("--model", str, "gcn", "a name of gas_triton.models"),
+        ("--layers", int, "2", "layers"),
+        ("--hidden", int, "64", "width between layers"),
+        ("--dropout", float, "0.5", "probability, on the input of every layer"),
+        ("--lr", float, "0.01", "learning rate of Adam"),
+        ("--weight-decay", float, "0.0", "of all parameters but the last layer's"),
+        ("--weight-decay-last", float, "0.0", "of the last layer's parameters"),
+        ("--grad-norm", _or_none(float), "none", "scale gradients down to this norm"),
+        ("--edge-dropout", float, "0.0", "probability with which a step leaves an edge out"),
+        ("--lipschitz", float, "0.0", "strength of the penalty on layers that amplify noise"),
+        ("--lipschitz-noise", float, "0.1", "deviation of that noise"),
+        ("--loss-weighting", str, "batch", "batches count alike (batch) or by their training nodes (node)"),
+        ("--num-parts", int, "40", "clusters"),
+        ("--batch-size", int, "10", "clusters of a batch"),
         ("--partition", str, "metis", "metis or random"),
-        ("--epochs", int, 100, "epochs"),
-        ("--eval-every", int, 1, "epochs between evaluations"),
+        ("--partition-seed", int, "0", "seed of the partition"),
+        ("--epochs", int, "100", "epochs"),
+        ("--max-steps", _or_none(int), "none", "most batches of an epoch"),
+        ("--eval-every", int, "1", "epochs between evaluations"),
         ("--history-dtype", str, "float32", "float32, bfloat16, float16 or int8"),
         ("--history-tier", str, "device", "where histories live: device, pinned, file or auto"),
-        ("--history-folder", str, None, "folder for the files of --history-tier file"),
+        ("--history-folder", str, "none", "folder for the files of --history-tier file"),
+        ("--halo-momentum", float, "0.0", "weight of halo rows computed in the step (GraphFM-OB; beta of LMC)"),
+        ("--compensation", str, "none", "gradients through halo rows: none or lmc"),
         ("--nonfinite", str, "raise", "what a NaN or Inf in a history does: raise, warn, skip or allow"),
         (
             "--prefetch-order",
@@ -272,22 +334,39 @@ def _parser() -> argparse.ArgumentParser:
             "strict",
             "strict reads what the batch before has pushed, stale what was there before",
         ),
+    ]
+    for flag, kind, default, text in config:
+        # absent unless given: a preset, or the library, says the rest
+        train.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
+    train.add_argument(
+        "--model-option", type=_model_option, action="append", metavar="NAME=VALUE",
+        help="a further argument of the model, as TOML: batch_norm=true, alpha=0.1; may be repeated",
+    )  # fmt: skip
+    switches = [
+        ("--full-batch", "full_batch", True, "train on the whole graph at once"),
+        ("--no-histories", "histories", False, "leave out-of-batch neighbours out of training (Cluster-GCN)"),
+        ("--no-static", "static_first_layer", False, "aggregate for the first layer in every step"),
+        ("--host-features", "host_features", True, "keep the features in host memory"),
+    ]
+    for flag, field, value, text in switches:
+        train.add_argument(flag, dest=field, action="store_const", const=value, default=argparse.SUPPRESS, help=text)
+    options: list[tuple[str, Callable[[str], Any], Any, str]] = [
         ("--device", str, None, "cpu, cuda or cuda:N (default: a GPU if there is one)"),
         ("--cache", Path, None, "folder that keeps METIS partitions (default: ~/.cache/gas_triton)"),
         ("--json", _path, None, "file for the result"),
         ("--checkpoint", _path, None, "folder for a checkpoint, which a later one replaces"),
-        ("--checkpoint-every", int, 1, "epochs between checkpoints"),
+        ("--checkpoint-every", int, 1, "epochs between checkpoints (default: 1)"),
         ("--profile", _path, None, "file for a trace of one epoch, for chrome://tracing or Perfetto"),
     ]
-    for flag, kind, default, text in options:
-        text = text if default is None else f"{text} (default: %(default)s)"
-        train.add_argument(flag, type=kind, default=default, help=text)
-    train.add_argument("--full-batch", action="store_true", help="train on the whole graph at once")
+    for flag, kind, initial, text in options:
+        train.add_argument(flag, type=kind, default=initial, help=text)
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     train.add_argument("--no-cache", action="store_true", help="compute the partition anew, and do not keep it")
     train.add_argument("--quiet", action="store_true", help="print the result only")
 
-    partition = commands.add_parser("partition", parents=[data, common], help="compare METIS with a random partition")
+    partition = commands.add_parser(
+        "partition", parents=[_data_options(required=True), common], help="compare METIS with a random partition"
+    )
     partition.set_defaults(run=_partition)
     partition.add_argument("--num-parts", type=int, nargs="+", default=[40], help="clusters (default: 40)")
     partition.add_argument("--batch-size", type=int, default=1, help="clusters of a batch (default: %(default)s)")

@@ -33,6 +33,12 @@ _PYG: dict[str, tuple[str, dict[str, Any]]] = {
     "Reddit2": ("Reddit2", {}),
     "Yelp": ("Yelp", {}),
 }
+# The same for sets of graphs, published as three splits.
+_PYG_SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "PPI": ("PPI", {}),
+    "CLUSTER": ("GNNBenchmarkDataset", {"name": "CLUSTER"}),
+    "PATTERN": ("GNNBenchmarkDataset", {"name": "PATTERN"}),
+}
 _OGB = ("ogbn-arxiv", "ogbn-products")
 _MASKS = ("train_mask", "val_mask", "test_mask")
 _ROW_NORMALIZED = {"cora", "citeseer", "pubmed"}
@@ -150,7 +156,7 @@ def known_names(root: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
         ``"generated"``, the files found, then the names that torch_geometric and ogb would download.
     """
     files = _npz_files(_data_root(root))
-    downloads = tuple(name for name in (*_PYG, *_OGB) if _key(name) not in files)
+    downloads = tuple(name for name in (*_PYG, *_PYG_SETS, *_OGB) if _key(name) not in files)
     return ("generated", *(path.stem for path in files.values()), *downloads)
 
 
@@ -166,6 +172,11 @@ def load(
     CSR parts ``x_data``, ``x_indices``, ``x_indptr``, ``x_shape``, ``y`` [N] or [N, C], and ``train_mask``,
     ``val_mask``, ``test_mask``, each [N] or [N, splits]. Edges are taken as they are stored, except that
     ogbn-arxiv, a directed graph, is made symmetric when it is downloaded.
+
+    PPI, CLUSTER and PATTERN are sets of graphs. They become one graph without edges between them, whose masks are those
+    of the graphs that are trained on, validated with and tested on. In training, nodes of the last two are computed in
+    their batches, without labels: nothing of theirs reaches a training node but the statistics of batch norm. (PyGAS
+    trains on the training graphs alone.)
 
     Args:
         name: one of :func:`known_names`; case, ``-`` and ``_`` do not matter.
@@ -190,7 +201,7 @@ def load(
     """
     key, folder = _key(name), _data_root(root)
     files = _npz_files(folder)
-    pyg = {_key(known): known for known in _PYG}
+    pyg = {_key(known): known for known in (*_PYG, *_PYG_SETS)}
     ogb = {_key(known): known for known in _OGB}
     if key == "generated":
         return _dataset(vars(generate()), "generated", split, normalize_features)
@@ -252,6 +263,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_pyg(package: ModuleType, name: str, root: Path) -> dict[str, Any]:
+    if name in _PYG_SETS:
+        return _read_pyg_set(package, name, root)
     class_name, arguments = _PYG[name]
     data = getattr(package, class_name)(str(root / class_name), **arguments)[0]
     keys = ["edge_index", "x", "y"] if _key(name) in _UNSPLIT else ["edge_index", "x", "y", *_MASKS]
@@ -259,6 +272,25 @@ def _read_pyg(package: ModuleType, name: str, root: Path) -> dict[str, Any]:
     if name == "WikiCS":
         # Its authors keep one set to stop training and one for hyperparameters; PyGAS uses the former.
         fields["val_mask"] = data["stopping_mask"]
+    return fields
+
+
+def _read_pyg_set(package: ModuleType, name: str, root: Path) -> dict[str, Any]:
+    class_name, arguments = _PYG_SETS[name]
+    folder = str(root / class_name)
+    splits = {part: getattr(package, class_name)(folder, **arguments, split=part) for part in ("train", "val", "test")}
+    graphs = [(part, data) for part, graphs in splits.items() for data in graphs]
+    sizes = torch.tensor([len(data["x"]) for _, data in graphs])
+    offsets = (sizes.cumsum(0) - sizes).tolist()
+    edges = [data["edge_index"] + offset for (_, data), offset in zip(graphs, offsets, strict=True)]
+    fields = {
+        "edge_index": torch.cat(edges, dim=1),
+        "x": torch.cat([data["x"] for _, data in graphs]),
+        "y": torch.cat([data["y"] for _, data in graphs]),
+    }
+    for part in splits:
+        is_part = torch.tensor([part == of for of, _ in graphs])
+        fields[f"{part}_mask"] = is_part.repeat_interleave(sizes)
     return fields
 
 

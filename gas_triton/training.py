@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -17,17 +16,22 @@ from torch import Tensor
 
 from gas_triton.batch import Batch
 from gas_triton.checkpoint import lock_folder
+from gas_triton.compensation import Compensated
 from gas_triton.datasets import Dataset
 from gas_triton.graph import Graph
 from gas_triton.history import Histories, attach_histories
 from gas_triton.inference import inference
 from gas_triton.loader import ClusterLoader
-from gas_triton.memory import peak_bytes, without_log
-from gas_triton.models import MODELS, Stack
+from gas_triton.memory import peak_bytes
+from gas_triton.models import MODELS, Model
 from gas_triton.nn.base import Halo, HistoryLayer
 from gas_triton.partition import metis, random_partition
+from gas_triton.regularization import LipschitzPenalty
+from gas_triton.scores import accuracy, micro_f1
+from gas_triton.static import use_static_rows
 from gas_triton.training_checkpoint import Saver, identity
 from gas_triton.training_config import HISTORY_DTYPES, PARTITIONS, EpochRecord, Result, TrainConfig
+from gas_triton.training_trace import check_output, trace
 
 __all__ = [
     "HISTORY_DTYPES",
@@ -60,8 +64,8 @@ def train(
     """Trains a model on a dataset and reports the test accuracy at the best validation epoch.
 
     A step computes a batch of clusters, reads the halo from histories and takes the mean loss of the batch's training
-    nodes (Fey et al., ICML 2021, algorithm 1; hyper-parameters as in PyGAS). A batch without training nodes only
-    refreshes its rows of the histories. Evaluation reads no history: every neighbour is fresh.
+    nodes (Fey et al., ICML 2021, algorithm 1; hyper-parameters as in PyGAS, see `gas_triton.presets`). A batch without
+    training nodes only refreshes its rows of the histories. Evaluation reads no history: every neighbour is fresh.
 
     The same arguments give the same numbers (times excepted), whatever state torch's generators are in, and the
     generators are left as they were. So does a run that ended early and was resumed, with any number of `epochs`: an
@@ -119,6 +123,8 @@ def train(
         result = Result() if saver is None else saver.restore(run)
         result.num_parameters = sum(p.numel() for p in run.model.parameters())
         result.history_bytes = run.histories.nbytes
+        if config.static_first_layer and (config.histories or config.full_batch) and config.edge_dropout == 0.0:
+            result.static_bytes = run.use_static_rows(say)
         if run.histories and config.history_tier != "device":
             say(run.histories.summary())
         first = len(result.epochs) + 1
@@ -127,7 +133,7 @@ def train(
             for epoch in range(first, config.epochs + 1):
                 # on a CPU both are torch's profiler, which runs once at a time
                 measure = result.peak_bytes is None and not (epoch == traced and device.type == "cpu")
-                with nullcontext() if profile is None or epoch != traced else _trace(profile, device):
+                with nullcontext() if profile is None or epoch != traced else trace(profile, device):
                     record, peak = run.epoch(epoch, measure)
                 result.peak_bytes = peak if measure else result.peak_bytes
                 result.add(record)
@@ -163,11 +169,12 @@ class _Run:
         before = torch.cat([train_mask.new_zeros(1, dtype=torch.int64), train_mask.cumsum(0)])
         # known on the host, so that no step waits for the device to count
         self.labelled: list[int] = before[self.loader.parts.ptr].diff().tolist()
-        kind = MODELS[config.model]
-        self.model: Stack = kind(
-            dataset.num_features, config.hidden, dataset.num_classes, config.layers, dropout=config.dropout,
-            **{**kind.options_of(self.loader.graph), **config.model_options},
-        ).to(device)  # fmt: skip
+        num_batches = 1 if config.full_batch else len(self.loader)
+        self.mean_labelled = sum(self.labelled) / num_batches
+        self.model = _make_model(dataset, config, self.loader.graph).to(device)
+        self.penalty = None
+        if config.lipschitz > 0.0:
+            self.penalty = LipschitzPenalty(self.model, config.lipschitz, config.lipschitz_noise)
         self.histories = Histories({})
         self.full: Batch | None = None
         if config.full_batch:
@@ -176,8 +183,13 @@ class _Run:
             self.histories = attach_histories(
                 self.model, dataset.num_nodes, config.history_tier, HISTORY_DTYPES[config.history_dtype],
                 nonfinite=config.nonfinite, path=config.history_folder,
-                reopen=resume and config.history_folder is not None,
+                reopen=resume and config.history_folder is not None, gradients=config.compensation == "lmc",
             )  # fmt: skip
+        # what a training step calls
+        self.trained: Callable[..., Tensor] = self.model
+        if config.compensates:
+            gradients = config.compensation == "lmc"
+            self.trained = Compensated(self.model, self.loader, config.halo_momentum, gradients)
         self.begun = 0
         self.optimizer = torch.optim.Adam(
             [
@@ -186,6 +198,13 @@ class _Run:
             ],
             lr=config.lr,
         )
+
+    def use_static_rows(self, say: Callable[[str], None]) -> int:
+        """Bytes of the features that are aggregated once, for the first layer."""
+        nbytes = use_static_rows(self.model, self.loader, say)
+        if self.full is not None:
+            self.full = self.loader.full()
+        return nbytes
 
     def epoch(self, epoch: int, measure: bool = False) -> tuple[EpochRecord, int]:
         """The record of an epoch, and the most bytes of a step if that is measured."""
@@ -233,17 +252,27 @@ class _Run:
 
     def _step(self, batch: Batch, num_labelled: int) -> Tensor | None:
         """The loss of a batch before the step that it takes, None if it has no training node."""
-        if num_labelled == 0:
+        batch = batch.drop_edges(self.config.edge_dropout)
+        keeps_gradients = self.config.compensation == "lmc"
+        if num_labelled == 0 and not keeps_gradients:
             with torch.no_grad():
-                self._forward(self.model, batch)
+                self._forward(self.trained, batch)
             return None
-        loss = self._loss(self._forward(self.model, batch), batch.target, num_labelled)
-        loss.backward()
+        out = self._forward(self.trained, batch)
+        loss = self._loss(out, batch.target, num_labelled) if num_labelled > 0 else 0.0 * out.sum()
+        self._objective(loss, num_labelled).backward()
         if self.config.grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss.detach() if num_labelled > 0 else None
+
+    def _objective(self, loss: Tensor, num_labelled: int) -> Tensor:
+        """What a step minimises: the loss with the weight of its batch, and the penalty."""
+        # gradients that are kept need the same unit in every batch
+        if self.config.loss_weighting == "node" or self.config.compensation == "lmc":
+            loss = loss * (num_labelled / self.mean_labelled)
+        return loss if self.penalty is None else loss + self.penalty()
 
     def _loss(self, out: Tensor, target: Tensor, num_labelled: int) -> Tensor:
         """Mean over the training nodes, which `target` marks: to select their rows would wait for the device."""
@@ -253,8 +282,8 @@ class _Run:
         loss = F.binary_cross_entropy_with_logits(out, target.clamp(min=0.0), reduction="none")
         return (loss * is_label).sum() / (num_labelled * target.size(1))
 
-    def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        return model(batch.x if self.config.host_features else batch.features, batch)
+    def _forward(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        return model(batch.x if self.config.host_features and not self.loader.static else batch.features, batch)
 
     def _evaluate(self) -> tuple[float, float]:
         """(validation, test) accuracy."""
@@ -265,7 +294,7 @@ class _Run:
             with torch.no_grad():
                 logits = self._forward(self.model, self.full)
         tensors = self.loader.node_tensors
-        score = _micro_f1 if self.multi_label else _accuracy
+        score = micro_f1 if self.multi_label else accuracy
         scores = [score(logits[tensors[mask]], tensors["y"][tensors[mask]]) for mask in ("val_mask", "test_mask")]
         val_acc, test_acc = torch.stack(scores).tolist()
         return val_acc, test_acc
@@ -309,6 +338,18 @@ def _make_loader(
     return loader, train_mask
 
 
+def _make_model(dataset: Dataset, config: TrainConfig, graph: Graph) -> Model:
+    kind = MODELS[config.model]
+    options = {**kind.options_of(graph), **config.model_options}
+    try:
+        return kind(
+            dataset.num_features, config.hidden, dataset.num_classes, config.layers, dropout=config.dropout, **options
+        )
+    except TypeError as error:
+        # an unknown name, or a value of another type
+        raise ValueError(f"model_options {dict(config.model_options)} do not suit {config.model}: {error}") from error
+
+
 def find_device(device: torch.device | str) -> torch.device:
     """The device with its index; ValueError, with the known ones, where this machine has no such device."""
     known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -324,41 +365,6 @@ def find_device(device: torch.device | str) -> torch.device:
 
 
 @contextmanager
-def _trace(file: str | os.PathLike[str], device: torch.device) -> Iterator[None]:
-    """Writes a Chrome trace of the block, if it ends well."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with without_log(), torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        yield
-    # beside it first: the profiler does not say that it could not write
-    draft = Path(f"{os.fspath(file)}.part")
-    try:
-        profiler.export_chrome_trace(str(draft))
-        with open(draft, "rb") as written:
-            written.seek(-64, os.SEEK_END)
-            is_whole = written.read().rstrip().endswith(b"}")
-        if not is_whole:
-            raise OSError(f"{draft} is not whole")
-        os.replace(draft, file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise OSError(f"the trace was not written to {file}: {error}") from error
-
-
-def check_output(name: str, file: Path) -> None:
-    """Raises ValueError or OSError, before anything is trained, if `file` cannot be written; `name` is the argument."""
-    if not file.parent.is_dir() or file.is_dir():
-        raise ValueError(f"{name} must name a file in a folder that exists, got {file}")
-    try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        message = f"{name}: the folder {file.parent} cannot be written ({error.strerror})"
-        raise OSError(error.errno, message) from error
-
-
-@contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds the generators of the CPU and of `device`, and puts them back as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -367,14 +373,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(dim=1) == y).double().mean()
-
-
-def _micro_f1(logits: Tensor, y: Tensor) -> Tensor:
-    predicted, actual = logits > 0, y > 0.5
-    hits = (predicted & actual).sum().double()
-    wrong = (predicted != actual).sum()
-    return 2 * hits / (2 * hits + wrong).clamp(min=1)

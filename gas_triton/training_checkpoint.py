@@ -22,6 +22,8 @@ __all__ = ["Saver", "identity"]
 _FREE = {"epochs", "history_tier", "history_folder"}
 # Rows of x whose values tell one dataset from another: to read all of a large one would take minutes.
 _SAMPLE = 4096
+# Fields of a result that are saved as they are.
+_SAVED = ("peak_bytes", "num_parameters", "history_bytes", "static_bytes")
 
 
 class Saver:
@@ -68,7 +70,8 @@ class Saver:
 
     def result(self, config: TrainConfig) -> Result:
         """What was reached before; without evaluations that a longer run would not have made."""
-        result = Result(**{name: self.saved[name] for name in ("peak_bytes", "num_parameters", "history_bytes")})
+        saved: dict[str, Any] = {name: self.saved.get(name) for name in _SAVED}
+        result = Result(**saved)
         for fields in self.saved["epochs"]:
             record = EpochRecord(**fields)
             if config.epochs > self.epoch and record.epoch % config.eval_every:
@@ -107,7 +110,7 @@ class Saver:
             "generator": torch.default_generator.get_state(),
             "device_generator": torch.cuda.get_rng_state(run.device) if on_gpu else None,
             "epochs": [asdict(record) for record in result.epochs],
-            **{name: getattr(result, name) for name in ("peak_bytes", "num_parameters", "history_bytes")},
+            **{name: getattr(result, name) for name in _SAVED},
         }
         write_checkpoint(self.folder, state, run.histories)
         self.epoch = len(result.epochs)

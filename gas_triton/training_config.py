@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from gas_triton.functional.dropout import check_probability
 from gas_triton.history.staging import ORDERS, Order
 from gas_triton.history.store import NONFINITE, Nonfinite
 from gas_triton.history.tiers import TIERS
 from gas_triton.models import MODELS
 from gas_triton.partition import metis, random_partition
 
-__all__ = ["HISTORY_DTYPES", "PARTITIONS", "EpochRecord", "Result", "TrainConfig"]
+__all__ = ["HISTORY_DTYPES", "LOSS_WEIGHTINGS", "PARTITIONS", "EpochRecord", "Result", "TrainConfig"]
 
+LOSS_WEIGHTINGS = ("batch", "node")
 PARTITIONS = {"metis": metis, "random": random_partition}
 HISTORY_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
@@ -39,6 +41,13 @@ class TrainConfig:
         weight_decay: of all parameters but the last layer's (`Stack.reg_parameters`).
         weight_decay_last: of the last layer's.
         grad_norm: gradients are scaled down to this norm; None leaves them.
+        edge_dropout: probability with which a training step leaves an edge out (`Batch.drop_edges`).
+        lipschitz: strength of the penalty on layers that amplify noise (`gas_triton.regularization.LipschitzPenalty`),
+            of all layers but the first; 0 for none.
+        lipschitz_noise: deviation of that noise.
+        loss_weighting: "batch" takes the mean loss of a batch's training nodes, whatever their number (as PyGAS);
+            "node" multiplies it by their number over the mean number in a batch, so that every training node counts the
+            same in an epoch.
         epochs: epochs to train.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         num_parts: clusters of the partition.
@@ -51,13 +60,20 @@ class TrainConfig:
         history_tier: where the tables live: "device", "pinned" (host memory), "file", or "auto".
         history_folder: where the files of tier "file" (or "auto") are made.
         nonfinite: what a NaN or Inf that is pushed to a history does: "raise", "warn", "skip" or "allow".
+        halo_momentum: weight of halo rows computed in the step against those of the histories, in [0, 1]; see
+            `gas_triton.compensation`: gamma of GraphFM-OB, or beta of LMC.
+        compensation: "lmc" adds the gradients that reach a batch through its halo, "none" leaves them out.
         prefetch_order: "strict" reads what the batch before has pushed, "stale" what was there before that.
         host_features: keeps x in host memory, so that each batch copies the rows it reads to the device.
+        static_first_layer: aggregates the features for the first layer once, where it reads the same in every step (no
+            dropout of its input) and memory has room; the numbers are those without it, up to rounding.
         max_steps: most batches of an epoch; None takes all.
         seed: of the parameters, the dropout masks and the order of the batches.
 
     Raises:
-        ValueError: an unknown name, a number out of range, or a `history_folder` for a tier without files.
+        TypeError: `model_options` is not a mapping from names.
+        ValueError: an unknown name, a number out of range, a `history_folder` for a tier without files, or a penalty on
+            a single layer.
     """
 
     model: str = "GCN"
@@ -69,6 +85,10 @@ class TrainConfig:
     weight_decay: float = 0.0
     weight_decay_last: float = 0.0
     grad_norm: float | None = None
+    edge_dropout: float = 0.0
+    lipschitz: float = 0.0
+    lipschitz_noise: float = 0.1
+    loss_weighting: str = "batch"
     epochs: int = 100
     eval_every: int = 1
     num_parts: int = 40
@@ -81,15 +101,19 @@ class TrainConfig:
     history_tier: str = "device"
     history_folder: str | None = None
     nonfinite: Nonfinite = "raise"
+    halo_momentum: float = 0.0
+    compensation: str = "none"
     prefetch_order: Order = "strict"
     host_features: bool = False
+    static_first_layer: bool = True
     max_steps: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         known: dict[str, Iterable[str]] = {
             "model": MODELS, "partition": PARTITIONS, "history_dtype": HISTORY_DTYPES, "history_tier": TIERS,
-            "nonfinite": NONFINITE, "prefetch_order": ORDERS,
+            "nonfinite": NONFINITE, "prefetch_order": ORDERS, "loss_weighting": LOSS_WEIGHTINGS,
+            "compensation": ("none", "lmc"),
         }  # fmt: skip
         for name, choices in known.items():
             given = getattr(self, name)
@@ -114,12 +138,31 @@ class TrainConfig:
                 continue
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} must be a positive int, got {count!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name in ("lr", "weight_decay", "weight_decay_last", "grad_norm"):
+        if not 0.0 <= self.halo_momentum <= 1.0:
+            raise ValueError(f"halo_momentum must be in [0, 1], got {self.halo_momentum}")
+        if self.compensates and (self.full_batch or not self.histories):
+            raise ValueError("halo_momentum and compensation are for training with histories, not for full_batch")
+        if self.compensates and self.layers < 2:
+            raise ValueError(f"halo_momentum and compensation are for models of at least 2 layers, got {self.layers}")
+        if self.compensates and (self.edge_dropout > 0.0 or self.lipschitz > 0.0):
+            raise ValueError("halo_momentum and compensation do not go together with edge_dropout or lipschitz")
+        for name in ("dropout", "edge_dropout"):
+            check_probability(name, getattr(self, name))
+        for name in ("lr", "weight_decay", "weight_decay_last", "grad_norm", "lipschitz"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        if not (math.isfinite(self.lipschitz_noise) and self.lipschitz_noise > 0.0):
+            raise ValueError(f"lipschitz_noise must be a finite number above 0, got {self.lipschitz_noise}")
+        if self.lipschitz > 0.0 and self.layers < 2:
+            raise ValueError(f"lipschitz is for models of at least 2 layers, got layers {self.layers}")
+        if not isinstance(self.model_options, Mapping) or not all(isinstance(name, str) for name in self.model_options):
+            raise TypeError(f"model_options must be a mapping from names to values, got {self.model_options!r}")
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a training step computes halo rows too."""
+        return self.halo_momentum > 0.0 or self.compensation != "none"
 
 
 @dataclass(frozen=True)
@@ -128,7 +171,7 @@ class EpochRecord:
 
     Attributes:
         epoch: counted from 1.
-        train_loss: mean over the training nodes, each at the step that trained on it.
+        train_loss: mean over the training nodes, each at the step that trained on it, without penalties.
         seconds: of the training steps, evaluation excluded.
         val_acc: accuracy (micro-F1 for multi-label data) of the validation nodes in [0, 1]; None if not evaluated.
         test_acc: of the test nodes.
@@ -156,6 +199,7 @@ class Result:
             features, parameters, optimizer state, histories), over the steps of the first epoch; see
             `gas_triton.memory.peak_bytes`.
         history_bytes: of the history tables.
+        static_bytes: of the features aggregated for the first layer, 0 if they are not.
         num_parameters: trained values of the model.
         transfers: what was copied between the histories and the device, as `Histories.transfer_stats` says; of this
             call only, where a run was resumed.
@@ -170,6 +214,7 @@ class Result:
     epoch_seconds: float | None = None
     peak_bytes: int | None = None
     history_bytes: int | None = None
+    static_bytes: int | None = None
     num_parameters: int | None = None
     transfers: dict[str, Any] | None = None
     interrupted: bool = False

@@ -12,6 +12,8 @@ import torch
 from bench import (
     accuracy,
     bench_aggregate,
+    bench_attention,
+    bench_dynamic_attention,
     bench_epoch,
     bench_file_tier,
     bench_memory,
@@ -36,7 +38,7 @@ def problem() -> bench_epoch.Problem:
 def _no_cached_problem() -> Iterator[None]:
     # the benchmarks keep their inputs; a tiny one must not be found by a benchmark run after this
     yield
-    for module in (bench_aggregate, bench_epoch, bench_overhead):
+    for module in (bench_aggregate, bench_attention, bench_dynamic_attention, bench_epoch, bench_overhead):
         module.make_problem.cache_clear()
 
 
@@ -61,6 +63,8 @@ def test_report_gives_ratios_and_verdicts() -> None:
     assert lines[0] == "title"
     assert lines[3].split() == ["theirs", "4.00", "ms", "3.00", "ms", "4.00x"]
     assert [line.split(": ")[1] for line in lines[4:]] == ["4.00x, met", "4.00x, MISSED", "not measured"]
+    memory = side_by_side.report_peaks({"ours": 2**20, "theirs": 3 * 2**20}, Target("theirs", "ours", 4.0))
+    assert memory.splitlines()[1].split(": ")[1] == "3.00x, MISSED"
 
 
 # --- aggregate, overhead ---------------------------------------------------------------------------------------------
@@ -92,6 +96,29 @@ def test_without_torch_sparse_the_rest_is_compared(monkeypatch: pytest.MonkeyPat
     problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
     assert bench_aggregate.PYGAS not in bench_aggregate.cases(problem, "forward")
     bench_aggregate.check(problem)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("name", bench_dynamic_attention.LAYERS)
+def test_layers_of_dynamic_attention_give_equal_answers(name: str, torch_geometric: ModuleType) -> None:
+    problem = bench_dynamic_attention.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50, heads=3)
+    bench_dynamic_attention.check(problem, name)
+    layers = bench_dynamic_attention.cases(problem, name, "forward")
+    assert len(layers) == 2
+    for ours, theirs in zip(*(layer() for layer in layers.values()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interop
+def test_attention_agrees_with_torch_geometric(torch_geometric: ModuleType) -> None:
+    problem = bench_attention.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50, heads=2, width=3)
+    bench_attention.check(problem)
+    peaks = side_by_side.peaks(bench_attention.cases(problem, "forward + backward"))
+    assert set(peaks) == {bench_attention.OURS, bench_attention.PYG}
+    assert min(peaks.values()) >= problem.x.nbytes
+    source, target = problem.edge_index
+    with pytest.raises(AssertionError, match="answers differ"):
+        bench_attention.check(dataclasses.replace(problem, edge_index=torch.stack([source.roll(1), target])))
 
 
 def test_overhead_calls_the_same_kernels() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import gas_triton
-from gas_triton import cli, doctor, training
+from gas_triton import cli, doctor, presets, training
 from gas_triton.datasets import generate, load
 from gas_triton.training import TrainConfig, train
 
@@ -214,6 +214,131 @@ def test_a_trace_of_the_only_epoch_takes_the_place_of_its_memory(tmp_path: Path)
     assert re.search(r"s an epoch, memory not measured \+ [\d.]+ MiB histories, \d+ parameters", done.stdout)
 
 
+# --- settings: of the library, of a preset, of the arguments
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, TrainConfig]]:
+    """What would be trained, in place of training it."""
+    calls: list[tuple[str, TrainConfig]] = []
+    data, done = generate(40, 200, 2), training.Result(test_acc=0.5, val_acc=0.5, epoch_seconds=1.0, num_parameters=1)
+
+    def load_nothing(args: Any) -> Any:
+        calls.append((args.dataset, TrainConfig()))
+        return data
+
+    def train_nothing(dataset: Any, config: TrainConfig, *args: Any, **options: Any) -> Any:
+        calls[-1] = (calls[-1][0], config)
+        return done
+
+    monkeypatch.setattr(cli, "_load", load_nothing)
+    monkeypatch.setattr(training, "train", train_nothing)
+    return calls
+
+
+# field -> (arguments, value), for what is not --field-name value
+SPELLED: dict[str, tuple[list[str], Any]] = {
+    "model": (["--model", "gin"], "GIN"),
+    "model_options": (
+        ["--model-option", "batch_norm=true", "--model-option", "alpha=0.5"],
+        {"batch_norm": True, "alpha": 0.5},
+    ),
+    "partition": (["--partition", "random"], "random"),
+    "loss_weighting": (["--loss-weighting", "node"], "node"),
+    "full_batch": (["--full-batch"], True),
+    "histories": (["--no-histories"], False),
+    "host_features": (["--host-features"], True),
+    "static_first_layer": (["--no-static"], False),
+    "compensation": (["--compensation", "lmc"], "lmc"),
+    "history_dtype": (["--history-dtype", "int8"], "int8"),
+    "history_tier": (["--history-tier", "pinned"], "pinned"),
+    "history_folder": (["--history-folder", "tables", "--history-tier", "file"], "tables"),
+    "nonfinite": (["--nonfinite", "skip"], "skip"),
+    "prefetch_order": (["--prefetch-order", "stale", "--history-tier", "file"], "stale"),
+}
+
+
+@pytest.mark.parametrize("field", sorted(vars(TrainConfig())))
+def test_every_setting_has_an_argument(asked: list[tuple[str, TrainConfig]], field: str) -> None:
+    number = 3 if isinstance(getattr(TrainConfig(), field), int) or field == "max_steps" else 0.25
+    flag = f"--{field.replace('_', '-')}"
+    arguments, value = SPELLED.get(field, ([flag, str(number)], number))
+    assert cli.main(["train", "--dataset", "any", "--device", "cpu", *arguments]) == 0
+    assert cli.main(["train", "--dataset", "any", "--device", "cpu"]) == 0
+    (_, given), (_, plain) = asked
+    assert getattr(given, field) == value != getattr(plain, field)
+    assert plain == TrainConfig()
+
+
+def test_help_names_the_defaults_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field, value in vars(TrainConfig()).items():
+        if isinstance(value, bool | dict):
+            continue
+        (said,) = re.findall(rf" --{field.replace('_', '-')} [A-Z_]+ .*?default: ([\w.]+)", text)
+        assert said == str(value).lower(), field
+
+
+def test_a_preset_sets_what_is_not_given(asked: list[tuple[str, TrainConfig]], tmp_path: Path) -> None:
+    path, options = tmp_path / "run.json", ["--device", "cpu", "--quiet"]
+    assert cli.main(["train", "--preset", "Cora_GCN", *options, "--json", str(path)]) == 0
+    config = TrainConfig(
+        hidden=16, weight_decay=5e-4, grad_norm=1.0, epochs=200, num_parts=40, batch_size=10,
+    )  # fmt: skip
+    assert asked[-1] == ("Cora", config)
+    written = json.loads(path.read_text())["config"]
+    assert (written["preset"], written["dataset"], written["weight_decay"]) == ("Cora_GCN", "Cora", 0.0005)
+    given = ["--epochs", "3", "--grad-norm", "none", "--hidden", "64", "--dataset", "mine", "--seed", "4"]
+    assert cli.main(["train", *given, "--preset", "cora-gcn", *options]) == 0
+    assert asked[-1] == ("mine", replace(config, epochs=3, grad_norm=None, hidden=64, seed=4))
+    assert cli.main(["train", "--preset", "ppi-gcn", "--max-steps", "None", "--model-option", "residual=false"]) == 0
+    assert asked[-1][1].max_steps is None
+    assert asked[-1][1].model_options == {"drop_input": False, "batch_norm": True, "residual": False, "linear": True}
+
+
+def test_a_preset_trains(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--root", str(data_root), "--epochs", "2", "--quiet", "--device", "cpu"]
+    assert cli.main(["train", "--preset", "cora-gcn", *options]) == 0
+    assert f"{1433 * 16 + 16 + 16 * 7 + 7} parameters" in capsys.readouterr().out
+
+
+def test_presets_are_listed(asked: list[tuple[str, TrainConfig]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--list-presets"]) == 0
+    assert capsys.readouterr().out == presets.overview() + "\n"
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("alpha=0.1", ("alpha", 0.1)),
+        ("num=3", ("num", 3)),
+        ("batch_norm=true", ("batch_norm", True)),
+        ('aggr="max"', ("aggr", "max")),
+        ("aggregators=['mean', 'max']", ("aggregators", ["mean", "max"])),
+        ("p=1e-3", ("p", 0.001)),
+    ],
+)
+def test_model_options_are_toml(text: str, expected: Any) -> None:
+    name, value = cli._model_option(text)
+    assert (name, value) == expected
+    assert type(value) is type(expected[1])
+
+
+@pytest.mark.parametrize(
+    "text", ["alpha", "alpha=", "=1", "batch_norm=True", "aggr=max", "a b=1", "a=1\nb=2", "", "a=1979-05-27"]
+)
+def test_a_model_option_that_is_not_toml_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # `True` taken as text would be true, and so would `False`
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*TRAIN, "--model-option", text])
+    assert ended.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "argument --model-option: must be name=value with a value such as true, 0.1, '\"max\"'" in error
+
+
 # --- bad input
 
 
@@ -258,6 +383,12 @@ def test_tables_that_the_host_has_no_room_for_are_one_line(
         (["--edges", "601"], r"num_edges: expected an even number .*, got 601"),
         (["--split", "4"], r"split: generated has 1 \(from 0 to 0\), got 4"),
         (["--dropout", "1.5"], r"dropout must be in \[0, 1\), got 1.5"),
+        (["--edge-dropout", "1"], r"edge_dropout must be in \[0, 1\), got 1.0"),
+        (["--lipschitz", "-1"], r"lipschitz must be a finite number of at least 0, got -1.0"),
+        (["--loss-weighting", "edge"], r"loss_weighting must be one of batch, node, got 'edge'"),
+        (["--max-steps", "0"], r"max_steps must be a positive int, got 0"),
+        (["--preset", "cora-gcm"], r"preset must be one of .*cora-gcn, .*reddit-pna-jk, got 'cora-gcm'"),
+        (["--model-option", "alpha=0.1"], r"model_options \{'alpha': 0.1\} do not suit GCN: .*'alpha'"),
         (["--history-tier", "disk"], r"history_tier must be one of auto, device, pinned, file, got 'disk'"),
         (["--history-folder", "x"], r"history_folder is for history_tier 'file' or 'auto', got 'device'"),
         (["--prefetch-order", "any"], r"prefetch_order must be one of strict, stale, got 'any'"),

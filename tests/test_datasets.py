@@ -378,6 +378,81 @@ def test_names_map_to_torch_geometric(
             load(name, tmp_path, split=5)
 
 
+@pytest.mark.parametrize(
+    "name, class_name, arguments, multi_label",
+    [
+        ("ppi", "PPI", {}, True),
+        ("CLUSTER", "GNNBenchmarkDataset", {"name": "CLUSTER"}, False),
+        ("pattern", "GNNBenchmarkDataset", {"name": "PATTERN"}, False),
+    ],
+)
+def test_a_set_of_graphs_is_one_graph_without_edges_between_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    class_name: str,
+    arguments: dict[str, Any],
+    multi_label: bool,
+) -> None:
+    def graph(num_nodes: int) -> dict[str, Tensor]:
+        y = (torch.rand(num_nodes, 5) < 0.4).float() if multi_label else torch.arange(num_nodes) % 3
+        return {
+            "edge_index": torch.randint(num_nodes, (2, 3 * num_nodes)),
+            "x": torch.rand(num_nodes, 4),
+            "y": y,
+        }
+
+    splits = {"train": [graph(4), graph(3), graph(6)], "val": [graph(5)], "test": [graph(2), graph(1)]}
+    calls = []
+
+    def dataset(root: str, split: str, **kwargs: Any) -> list[dict[str, Tensor]]:
+        calls.append((root, kwargs))
+        return splits[split]
+
+    monkeypatch.setattr(datasets, "_import", lambda module, name: SimpleNamespace(**{class_name: dataset}))
+    data = load(name, tmp_path)
+    assert calls == [(str(tmp_path / class_name), arguments)] * 3
+    assert (data.num_nodes, data.num_edges, data.multi_label) == (21, 63, multi_label)
+    first = 0
+    for part, graphs in splits.items():
+        assert int(getattr(data, f"{part}_mask").sum()) == sum(len(published["x"]) for published in graphs)
+        for published in graphs:
+            rows = slice(first, first + len(published["x"]))
+            assert getattr(data, f"{part}_mask")[rows].all()
+            assert torch.equal(data.x[rows], published["x"])
+            assert torch.equal(data.y[rows], published["y"])
+            inside = (data.edge_index >= rows.start) & (data.edge_index < rows.stop)
+            assert torch.equal(inside[0], inside[1])
+            assert torch.equal(data.edge_index[:, inside[0]] - first, published["edge_index"])
+            first = rows.stop
+    with pytest.raises(ValueError, match=r"has 1 \(from 0 to 0\), got 1"):
+        load(name, tmp_path, split=1)
+
+
+@pytest.mark.interop
+def test_ppi_is_read_as_torch_geometric_stores_it(tmp_path: Path, torch_geometric: ModuleType) -> None:
+    raw = tmp_path / "PPI" / "raw"
+    raw.mkdir(parents=True)
+    nodes = {"train": [1, 1, 1, 2, 2], "valid": [21, 21], "test": [23, 23, 23]}
+    for part, graph_of in nodes.items():
+        count = len(graph_of)
+        # a path through each graph, and a self loop, which torch_geometric takes out
+        links = [{"source": 0, "target": 0}]
+        links += [{"source": i, "target": i + 1} for i in range(count - 1) if graph_of[i] == graph_of[i + 1]]
+        ids = [{"id": i} for i in range(count)]
+        content = {"directed": True, "graph": {}, "nodes": ids, "links": links, "multigraph": False}
+        (raw / f"{part}_graph.json").write_text(json.dumps(content))
+        np.save(raw / f"{part}_feats.npy", np.full((count, 2), float(count)))
+        np.save(raw / f"{part}_labels.npy", np.eye(count, 3))
+        np.save(raw / f"{part}_graph_id.npy", np.array(graph_of))
+    data = load("ppi", tmp_path)
+    assert (data.num_nodes, data.num_classes, data.multi_label) == (10, 3, True)
+    assert data.train_mask.tolist() == [True] * 5 + [False] * 5
+    assert data.test_mask.tolist() == [False] * 7 + [True] * 3
+    assert data.x[:, 0].tolist() == [5.0] * 5 + [2.0] * 2 + [3.0] * 3
+    assert sorted(zip(*data.edge_index.tolist(), strict=True)) == [(0, 1), (1, 2), (3, 4), (5, 6), (7, 8), (8, 9)]
+
+
 def test_missing_packages_and_failed_downloads_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(module: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {module!r}")

@@ -109,7 +109,9 @@ def test_wheel_holds_every_module_once(wheel: zipfile.ZipFile) -> None:
         for package, folder in package_folders().items()
         for file in folder.glob("*.py")
     }
-    assert sorted(names) == sorted(modules | {"gas_triton/py.typed"})
+    presets = {f"gas_triton/presets/{file.name}" for file in (ROOT / "gas_triton" / "presets").glob("*.toml")}
+    assert len(presets) >= 6
+    assert sorted(names) == sorted(modules | presets | {"gas_triton/py.typed"})
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:

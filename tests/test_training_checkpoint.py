@@ -375,7 +375,8 @@ def test_options_reach_the_histories_where_they_are_not_the_defaults(
     monkeypatch.setattr(Histories, "prefetch", prefetch_any)
     once = replace(CONFIG, epochs=1)
     assert train(dataset, once).transfers is None
-    plain = {"tier": "device", "dtype": torch.float32, "nonfinite": "raise", "path": None, "reopen": False}
+    common = {"reopen": False, "gradients": False}
+    plain = {"tier": "device", "dtype": torch.float32, "nonfinite": "raise", "path": None, **common}
     assert asked == [plain, {"order": "strict"}]
     monkeypatch.setattr(Histories, "summary", lambda self: f"{len(self)} tables", raising=False)
     monkeypatch.setattr(Histories, "transfer_stats", transfer_stats, raising=False)
@@ -388,7 +389,7 @@ def test_options_reach_the_histories_where_they_are_not_the_defaults(
     asked.clear()
     assert train(dataset, config, say=said.append).transfers == stats
     assert asked == [
-        {"tier": "file", "dtype": torch.int8, "nonfinite": "skip", "path": "/tables", "reopen": False},
+        {"tier": "file", "dtype": torch.int8, "nonfinite": "skip", "path": "/tables", **common},
         {"order": "stale"},
     ]
     assert said == ["2 tables"]
