@@ -1,4 +1,4 @@
-"""Test accuracy of a GCN trained with histories, also of narrow dtypes, against full-batch, with the paper's settings.
+"""Test accuracy of a GCN trained with histories, also of narrow dtypes or compensated, with the paper's settings.
 
     python -m bench.accuracy --root DATA --seeds 10 --datasets Cora PubMed --json bench/results/accuracy-cpu.json
 
@@ -13,13 +13,14 @@ import json
 import os
 import statistics
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from bench.side_by_side import machine
+from gas_triton import presets
 from gas_triton.datasets import Dataset, load
 from gas_triton.training import TrainConfig, train
 
@@ -39,34 +40,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 MAX_DIFFERENCE = 0.5
 
-# GCN rows of PyGAS's small_benchmark/conf/model/gcn.yaml (Fey et al., ICML 2021, table 1): 2 layers, 200 epochs, Adam.
-# dataset          clusters  a batch  hidden  dropout  lr    decay  decay of the last layer  gradient norm
-PRESETS: dict[str, tuple[int, int, int, float, float, float, float, float | None]] = {
-    "Cora":            (40,  10,      16,     0.5,     0.01, 5e-4,  0.0,                     1.0),
-    "CiteSeer":        (24,  8,       16,     0.5,     0.01, 5e-4,  0.0,                     None),
-    "PubMed":          (8,   4,       16,     0.5,     0.01, 5e-4,  0.0,                     1.0),
-    "CoauthorCS":      (2,   1,       64,     0.5,     0.01, 1e-3,  0.0,                     1.0),
-    "CoauthorPhysics": (4,   2,       64,     0.5,     0.01, 1e-3,  0.0,                     None),
-    "AmazonComputers": (32,  16,      64,     0.5,     0.01, 1e-3,  0.0,                     1.0),
-    "AmazonPhoto":     (32,  16,      64,     0.5,     0.01, 1e-3,  0.0,                     None),
-    "WikiCS":          (32,  16,      33,     0.25,    0.02, 5e-4,  0.0,                     1.0),
-}  # fmt: skip
+DATASETS = ("Cora", "CiteSeer", "PubMed", "CoauthorCS", "CoauthorPhysics", "AmazonComputers", "AmazonPhoto", "WikiCS")
 
 
 def preset(name: str, way: str, seed: int, epochs: int = 200) -> TrainConfig:
     """The paper's settings for a dataset; all seeds share one partition, as in PyGAS.
 
     Args:
-        name: a key of `PRESETS`.
+        name: one of `DATASETS`.
         way: a key of `WAYS`.
         seed: of the parameters, the dropout masks and the order of the batches.
         epochs: epochs to train.
     """
-    num_parts, batch_size, hidden, dropout, lr, decay, decay_last, grad_norm = PRESETS[name]
-    return TrainConfig(
-        model="GCN", layers=2, hidden=hidden, dropout=dropout, lr=lr, weight_decay=decay,
-        weight_decay_last=decay_last, grad_norm=grad_norm, epochs=epochs, num_parts=num_parts, batch_size=batch_size,
-        full_batch=way == "full-batch", history_dtype=WAYS[way][0], seed=seed, **OPTIONS.get(way, {}),
+    _, config = presets.load(f"{name}-gcn")
+    return replace(
+        config, epochs=epochs, full_batch=way == "full-batch", history_dtype=WAYS[way][0], seed=seed,
+        **OPTIONS.get(way, {}),
     )  # fmt: skip
 
 
@@ -149,7 +138,7 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the .npz files (default: $GAS_TRITON_DATA)")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--datasets", nargs="+", default=["Cora", "PubMed"], choices=PRESETS, metavar="NAME")
+    parser.add_argument("--datasets", nargs="+", default=["Cora", "PubMed"], choices=DATASETS, metavar="NAME")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--json", type=Path, help="where runs are kept and taken up again")
     arguments = parser.parse_args()

@@ -32,7 +32,8 @@ As in the authors' code V is taken before the activation, and hat h_k passes its
 
 With `momentum=0` and without gradients this is GAS. With beta = 0 and exact tables the gradients of LMC, added over
 batches that cover the graph, are those of full-batch training if layers are linear in their neighbours with weights of
-the graph (GCN, SAGE with "sum"). A "mean" over the edges that the step has, or attention over them, is not that of all.
+the graph (GCN, SAGE with "sum"; not GIN, whose perceptron comes after). A "mean" over the edges that the step has, or
+attention over them, is not that of all.
 The graph must have every edge in both directions for it, though not of one weight: of a directed graph, nodes that read
 the batch without being read by it are not in its halo, and what they would send back stays left out.
 """

@@ -24,6 +24,7 @@ from bench import (
     side_by_side,
 )
 from bench.side_by_side import Target
+from gas_triton import presets
 from gas_triton.datasets import Dataset, generate
 
 HIDDEN = 16
@@ -300,7 +301,8 @@ def test_accuracy_forgets_runs_of_other_settings(
 ) -> None:
     path = tmp_path / "runs.json"
     run_accuracy(monkeypatch, "--seeds", "1", "--json", str(path))
-    monkeypatch.setitem(accuracy.PRESETS, "PubMed", (8, 4, 12, 0.5, 0.01, 5e-4, 0.0, 1.0))
+    dataset, config = presets.load("pubmed-gcn")
+    monkeypatch.setattr(presets, "load", lambda name: (dataset, dataclasses.replace(config, hidden=12)))
     run_accuracy(monkeypatch, "--seeds", "1", "--json", str(path))
     groups = json.loads(path.read_text())["groups"]
     assert tiny == ["PubMed", "PubMed"]
@@ -320,10 +322,11 @@ def test_accuracy_table() -> None:
     ]
 
 
-def test_presets_are_the_papers() -> None:
+def test_a_way_changes_the_preset_where_it_should() -> None:
     config = accuracy.preset("Cora", "histories", seed=3)
-    assert (config.num_parts, config.batch_size, config.hidden, config.layers, config.epochs) == (40, 10, 16, 2, 200)
-    assert (config.lr, config.weight_decay, config.weight_decay_last, config.grad_norm) == (0.01, 5e-4, 0.0, 1.0)
-    assert (config.dropout, config.seed, config.full_batch) == (0.5, 3, False)
+    assert config == dataclasses.replace(presets.load("cora-gcn")[1], seed=3)
+    assert all(accuracy.preset(name, "histories", 0).model == "GCN" for name in accuracy.DATASETS)
     assert accuracy.preset("Cora", "full-batch", seed=3) == dataclasses.replace(config, full_batch=True)
     assert accuracy.preset("Cora", "int8", seed=3) == dataclasses.replace(config, history_dtype="int8")
+    lmc = dataclasses.replace(config, halo_momentum=0.5, compensation="lmc")
+    assert accuracy.preset("Cora", "lmc", seed=3) == lmc
