@@ -160,8 +160,7 @@ BUILDERS: dict[str, Builder] = {
 }
 # at module level and under their own names, so that a model can be pickled
 for _name in BUILDERS:
-    if hasattr(layers, _name):
-        globals()[_name] = _as_called(getattr(layers, _name))
+    globals()[_name] = _as_called(getattr(layers, _name))
 
 
 def fuse(layer: nn.Module, call: PygCall, width: int | None) -> nn.Module | None:
@@ -174,7 +173,7 @@ def fuse(layer: nn.Module, call: PygCall, width: int | None) -> nn.Module | None
     """
     kind = type(layer)
     is_known = kind.__name__ in BUILDERS and kind.__module__.startswith("torch_geometric.nn.conv.")
-    if not is_known or kind.__name__ not in globals() or _is_changed(layer):
+    if not is_known or _is_changed(layer):
         return None
     # its first parameters are thrown away: they must not change what is drawn next
     with torch.random.fork_rng(devices=[]):

@@ -17,7 +17,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from gas_triton.models import MODELS
 from gas_triton.text import table
 from gas_triton.training_config import TrainConfig
 
@@ -25,7 +24,7 @@ __all__ = ["load", "names", "overview", "read"]
 
 
 def names() -> tuple[str, ...]:
-    """All presets, those of a model together, whether this version has the model or not."""
+    """All presets, those of a model together."""
     return tuple(_presets())
 
 
@@ -52,11 +51,9 @@ def load(name: str) -> tuple[str, TrainConfig]:
         name: one of `names()`; case, `-` and `_` do not matter.
 
     Raises:
-        ValueError: the name is unknown, or this version does not have the preset's model.
+        ValueError: the name is unknown.
     """
     fields = read(name)
-    if fields["model"] not in MODELS:
-        raise ValueError(f"preset {name} is of model {fields['model']}, but this version has only {', '.join(MODELS)}")
     return fields.pop("dataset"), TrainConfig(**fields)
 
 
@@ -69,9 +66,7 @@ def overview() -> str:
     }  # fmt: skip
     presets = {name: read(name) for name in names()}
     rows = [[name, *(str(fields.get(field, "-")) for field in columns.values())] for name, fields in presets.items()]
-    missing = list(dict.fromkeys(fields["model"] for fields in presets.values() if fields["model"] not in MODELS))
-    note = f"\nThis version does not have the models {', '.join(missing)}." if missing else ""
-    return table(["preset", *columns], rows) + note
+    return table(["preset", *columns], rows)
 
 
 @cache
