@@ -21,9 +21,10 @@ from gas_triton.text import mebibytes, table
 from gas_triton.training import Result, TrainConfig, train
 
 SEED = 0
+# aggregated features would be a table of both ways that the compared steps do not show
 CONFIG = TrainConfig(
     model="GCN", layers=3, hidden=128, dropout=0.0, lr=0.01, grad_norm=1.0, epochs=50, eval_every=5, num_parts=40,
-    batch_size=4, seed=SEED,
+    batch_size=4, seed=SEED, static_first_layer=False,
 )  # fmt: skip
 
 

@@ -260,6 +260,8 @@ class _Run:
             return None
         out = self._forward(self.trained, batch)
         loss = self._loss(out, batch.target, num_labelled) if num_labelled > 0 else 0.0 * out.sum()
+        # the loss has what it needs of it
+        del out
         self._objective(loss, num_labelled).backward()
         if self.config.grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm)
