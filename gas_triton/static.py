@@ -151,8 +151,9 @@ def aggregate_range(graph: Graph, x: Tensor, span: Range, reduce: str, weighted:
     weight = graph.weight[first_edge:last_edge] if weighted and graph.weight is not None else None
     hubs = find_hubs(rowptr, col.numel(), hub_edges)
     return aggregate_op(
-        x, None, None, weight, [rowptr, col], [], [], None, hubs, [], reduce, 0.0, None, hub_edges, False
-    )[0]
+        x, None, None, weight, [rowptr, col], [], [], None, hubs, [], reduce, 0.0, None, hub_edges, False, None,
+        0.0, False,
+    )[0]  # fmt: skip
 
 
 def allocate(

@@ -17,6 +17,9 @@ order of `halo_ids`, at `slot`. Dropout hashes graph ids either way. The values 
 
 Edge weights are ordered inner edges first, outer edges second. Rows of more than `hub_edges` edges are cut into chunks
 whose partial results a second kernel combines in a fixed order.
+
+The second output has the first edge that each extremum comes from, -1 where there is none. It is for the gradient, and
+is not to be read without `has_winner`: a CPU is then faster.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def aggregate_fake(
     x: Tensor, table: Tensor | None, scale: Tensor | None, weight: Tensor | None, inner: list[Tensor],
     outer: list[Tensor], transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor],
     hubs_transposed: list[Tensor], reduce: str, dropout: float, seed: Tensor | None, hub_edges: int, staged: bool,
-    residual: Tensor | None = None, residual_weight: float = 0.0,
+    residual: Tensor | None = None, residual_weight: float = 0.0, has_winner: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_output(x, inner[0].numel() - 1, reduce)
 
@@ -101,7 +104,9 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(winner)
     rows = (x, table, scale) if needs_rows else (None, None, None)
     ctx.reduce, ctx.dropout, seed, ctx.hub_edges, ctx.staged = inputs[10:15]
-    residual, ctx.residual_weight = inputs[15:] or (None, 0.0)
+    # the dispatcher leaves out the last arguments where they have their default values
+    residual = inputs[15] if len(inputs) > 15 else None
+    ctx.residual_weight = inputs[16] if len(inputs) > 16 else 0.0
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(*rows, weight, seed, winner)
     ctx.edge_id = edge_id
@@ -147,16 +152,16 @@ def _backward(ctx, grad, _):
     )
     grads = (
         grad_x, None, None, grad_weight, inner, outer, transposed, None, hubs, hubs_transposed, *[None] * 5,
-        grad_residual, None,
+        grad_residual, None, None,
     )  # fmt: skip
-    # the dispatcher leaves out the last arguments where they have their default values
     return grads[: len(ctx.needs_input_grad)]
 
 
 aggregate = define(
     "aggregate(Tensor x, Tensor? table, Tensor? scale, Tensor? weight, Tensor[] inner, Tensor[] outer, "
     "Tensor[] transposed, Tensor? edge_id, Tensor[] hubs, Tensor[] hubs_transposed, str reduce, float dropout, "
-    "Tensor? seed, int hub_edges, bool staged, Tensor? residual=None, float residual_weight=0.0) -> (Tensor, Tensor)",
+    "Tensor? seed, int hub_edges, bool staged, Tensor? residual=None, float residual_weight=0.0, "
+    "bool has_winner=True) -> (Tensor, Tensor)",
     cpu=aggregate_cpu,
     cuda=aggregate_triton,
     fake=aggregate_fake,

@@ -302,7 +302,7 @@ def aggregate_triton(
     x: Tensor, table: Tensor | None, scale: Tensor | None, weight: Tensor | None, inner: list[Tensor],
     outer: list[Tensor], transposed: list[Tensor], edge_id: Tensor | None, hubs: list[Tensor],
     hubs_transposed: list[Tensor], reduce: str, dropout: float, seed: Tensor | None, hub_edges: int, staged: bool,
-    residual: Tensor | None = None, residual_weight: float = 0.0,
+    residual: Tensor | None = None, residual_weight: float = 0.0, has_winner: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _launch(
         x, table, weight, inner, outer, hubs, reduce, scale=scale, dropout=dropout, seed=seed, hub_edges=hub_edges,

@@ -141,7 +141,8 @@ def attention_backward_cpu(
         _weighted_sum(tables, weight, block, grad_x)
         if edge_grad:
             own = weight.mul_(_dot(grad, x[rows], block)).sub_(share)
-            own.mul_(torch.where(is_positive, 1.0, negative_slope))
+            # of two Python numbers, `torch.where` would make float32
+            own = torch.where(is_positive, own, own * negative_slope)
             grad_edge[edge_id.long()] = own
             grad_source[rows] = _sum(own, block)
             continue

@@ -1,26 +1,19 @@
 """The CPU path of `multi_aggregate`: stock torch, without a tensor of the size of the messages.
 
-Sums are `embedding_bag`s. Squared differences to the mean are made for one piece of the edges after another. For
-extrema every value is packed with the number of its row into one 64-bit integer whose order is that of the values: a
-maximum of such keys is value and winner at once, and is taken for a block of rows neighbour by neighbour. Buffers stay
-in the cache.
+Sums are `embedding_bag`s, extrema those of `aggregate`. Squared differences to the mean are made for one piece of the
+edges after another.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from gas_triton.kernels._library import accumulator_of
-from gas_triton.kernels.aggregate_cpu import _bag_sum, _drop
+from gas_triton.kernels.aggregate_cpu import BLOCK_VALUES, _bag_sum, _drop, add_at_rows, extrema
 from gas_triton.kernels.csr_rows import degree, row_of_edge
 from gas_triton.kernels.pull import pull_cpu, widen
 
-# edges that are reduced one after another, and values of a block: a megabyte of keys
-RUN_EDGES = 32
-BLOCK_VALUES = 1 << 17
 STD_EPS = 1e-5
 
 
@@ -37,15 +30,19 @@ def multi_aggregate_cpu(
     winner = torch.empty(0, num_rows, num_features, dtype=torch.int32)
     moments = torch.empty(0, num_rows, num_features, dtype=dtype)
 
-    extrema: list[str] = [name for name in ("min", "max") if name in reduces]
-    if extrema:
-        found = _extrema(rows, parts, num_rows, extrema)
-        results |= {name: value for name, (value, _) in found.items()}
+    names: list[str] = [name for name in ("min", "max") if name in reduces]
+    if names:
+        blocks = [(rows, rowptr, col, None) for rowptr, col in parts]
+        found = extrema(blocks, num_rows, num_features, names, dtype, bool(transposed))
+        results |= {name: value for name, (value, _) in zip(names, found, strict=True)}
         if transposed:
-            winner = torch.stack([row for _, row in found.values()])
+            # the columns of the edges, and -1 of no edge
+            source = torch.cat([inner[1].new_full((1,), -1), *(col for _, col in parts)])
+            edges = torch.stack([edge for _, edge in found])
             if table is not None:
                 # rows of the history come behind those of `x`, and take no gradient
-                winner.masked_fill_(winner >= x.size(0), -1)
+                source.masked_fill_(source >= x.size(0), -1)
+            winner = source.index_select(0, edges.add_(1).view(-1)).view_as(edges)
     if set(reduces) - {"min", "max"}:
         results["sum"] = _sum(rows, parts, num_rows)
         results["mean"] = mean = results["sum"] / count
@@ -115,100 +112,6 @@ def _squared_differences(rows: Tensor, parts: list[Part], mean: Tensor) -> Tenso
     return out
 
 
-# --- extrema ----------------------------------------------------------------------------------------------------------
-
-_BETTER: dict[str, Callable[..., Tensor]] = {"min": torch.minimum, "max": torch.maximum}
-_WORST = {"min": torch.iinfo(torch.int64).max, "max": torch.iinfo(torch.int64).min}
-
-
-def _extrema(rows: Tensor, parts: list[Part], num_rows: int, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(values, and the rows that they come from or -1) of each extremum."""
-    if not parts:
-        shape = num_rows, rows.size(1)
-        return {name: (rows.new_zeros(shape), torch.full(shape, -1, dtype=torch.int32)) for name in names}
-    is_nan = rows.isnan()
-    has_nan = bool(is_nan.any())
-    found = {}
-    # a NaN wins: keys of a maximum are then not those of a minimum
-    for group in [[name] for name in names] if has_nan else [names]:
-        keys, value_of = _pack(rows, is_nan if has_nan else None, group[0])
-        best = {name: torch.full((num_rows, rows.size(1)), _WORST[name]) for name in group}
-        for rowptr, col in parts:
-            length = rowptr.diff().long()
-            taken = length.nonzero().squeeze(1)
-            for name, part in zip(group, _best(keys, rowptr[taken].long(), length[taken], col, group), strict=True):
-                best[name].index_copy_(0, taken, _BETTER[name](best[name].index_select(0, taken), part))
-        for name in group:
-            is_empty = best[name] == _WORST[name]
-            row = (best[name] & 0xFFFFFFFF).to(torch.int32).masked_fill_(is_empty, -1)
-            found[name] = value_of(best[name].masked_fill_(is_empty, 0)).masked_fill_(is_empty, 0.0), row
-    return found
-
-
-def _pack(rows: Tensor, is_nan: Tensor | None, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """(int64 keys of every value: its order above, its row in the lower 32 bits; what gives the values back)."""
-    row = torch.arange(rows.size(0))[:, None]
-    if rows.dtype == torch.float64:
-        values, order = rows.sort(dim=0, stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, row.expand_as(order))
-        if is_nan is not None and name == "min":
-            # NaNs are sorted last
-            rank.sub_(is_nan * rows.size(0))
-        return (rank << 32) | row, lambda keys: values.gather(0, (keys >> 32).remainder_(rows.size(0)))
-    ordered = _flip_negative(rows.view(torch.int32))
-    if is_nan is not None:
-        limits = torch.iinfo(torch.int32)
-        ordered.masked_fill_(is_nan, limits.min if name == "min" else limits.max)
-    keys = ordered.long().bitwise_left_shift_(32).bitwise_or_(row)
-    return keys, lambda keys: _flip_negative((keys >> 32).to(torch.int32)).view(torch.float32)
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    """Between the bits of floats and integers of the same order; its own inverse."""
-    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
-
-
-def _best(keys: Tensor, start: Tensor, length: Tensor, col: Tensor, names: list[str]) -> list[Tensor]:
-    """The extremum of `keys[col[start:start+length]]` for every run, none empty, [runs, F] of each name."""
-    num_pieces = (length + RUN_EDGES - 1) // RUN_EDGES
-    last = num_pieces.cumsum(0)
-    if last.numel() == 0 or int(last[-1]) == last.numel():
-        return _best_of_short(keys, start, length, col, names)
-    run = torch.repeat_interleave(num_pieces)
-    first = last - num_pieces
-    offset = (torch.arange(run.numel()) - first[run]) * RUN_EDGES
-    piece_length = (length[run] - offset).clamp_(max=RUN_EDGES)
-    pieces = _best_of_short(keys, start[run] + offset, piece_length, col, names)
-    place = torch.arange(run.numel())
-    return [_best(best, first, num_pieces, place, [name])[0] for name, best in zip(names, pieces, strict=True)]
-
-
-def _best_of_short(keys: Tensor, start: Tensor, length: Tensor, col: Tensor, names: list[str]) -> list[Tensor]:
-    length, order = length.sort(descending=True)
-    start, lengths = start[order], length.tolist()
-    num_runs, num_features = len(lengths), keys.size(1)
-    size = max(1, min(BLOCK_VALUES // max(num_features, 1), num_runs))
-    out = [keys.new_empty(num_runs, num_features) for _ in names]
-    message, *best = [keys.new_empty(size, num_features) for _ in range(len(names) + 1)]
-    for block in range(0, num_runs, size):
-        active = min(size, num_runs - block)
-        places = slice(block, block + active)
-        for step in range(lengths[block]):
-            # runs are sorted by length: those that have an edge more come first
-            while lengths[block + active - 1] <= step:
-                active -= 1
-            place = col.index_select(0, start[block : block + active] + step)
-            torch.index_select(keys, 0, place, out=message[:active])
-            for name, own in zip(names, best, strict=True):
-                if step == 0:
-                    own[:active].copy_(message[:active])
-                else:
-                    _BETTER[name](own[:active], message[:active], out=own[:active])
-        for whole, own in zip(out, best, strict=True):
-            whole.index_copy_(0, order[places], own[: places.stop - places.start])
-    return out
-
-
 # --- gradient ---------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +130,6 @@ def multi_aggregate_grad_cpu(
     extrema = [name for name in ("min", "max") if name in reduces]
     for name, row in zip(extrema, winner, strict=True):
         part = grad[:, reduces.index(name)].to(dtype).masked_fill(row < 0, 0.0)
-        place = row.long().clamp_(min=0).mul_(num_features).add_(torch.arange(num_features))
         if out.numel() > 0:
-            out.view(-1).scatter_add_(0, place.view(-1), part.view(-1))
+            add_at_rows(out, row.long().clamp_(min=0), part)
     return out.to(x.dtype)

@@ -1,16 +1,20 @@
 """`functional.aggregate` and its op: values, gradients, registration, tracing, determinism."""
 
+import builtins
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gas_triton as gas
 from gas_triton import functional
 from gas_triton.csr import find_hubs
 from gas_triton.kernels.aggregate import aggregate as aggregate_op
 from gas_triton.kernels.aggregate import aggregate_ref
-from gas_triton.kernels.aggregate_cpu import aggregate_cpu
+from gas_triton.kernels.aggregate_cpu import RUN_EDGES, aggregate_cpu, winners_cpu
+from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.dropout import keep_mask
 from gas_triton.kernels.pull import widen
 from gas_triton.kernels.push import quantize_ref
@@ -119,6 +123,78 @@ def test_three_ways_to_give_the_halo_agree(reduce):
     torch.testing.assert_close(history, exact)
 
 
+@pytest.mark.parametrize("reduce", ["max", "min"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("has_nan", [True, False])
+def test_the_first_of_equal_extrema_wins(has_nan, dtype, reduce):
+    # one run, two, more than fit in one level of runs, none
+    degrees = torch.tensor([RUN_EDGES, RUN_EDGES + 1, 2 * RUN_EDGES**2 + 3, 0, 1, 3])
+    x = torch.randint(-2, 3, (6, 8)).to(dtype)
+    if has_nan:
+        x[torch.rand(6, 8) < 0.1], x[0, 0], x[1, 1] = torch.nan, torch.inf, -torch.inf
+    blocks = []
+    for degree in (degrees, degrees.flip(0)):
+        rowptr = torch.cat([degree.new_zeros(1), degree.cumsum(0)]).to(torch.int32)
+        blocks.append([rowptr, torch.randint(6, (int(rowptr[-1]),), dtype=torch.int32)])
+    for inner, outer in (blocks, (blocks[0], [])):
+        arguments = x, None, None, None, inner, outer, [], None, [], [], reduce, 0.0, None, 512, False, None, 0.0
+        out, winner = aggregate_op(*arguments, True)
+        parts = [inner, outer] if outer else [inner]
+        message = torch.cat([x[col.long()] for _, col in parts])
+        row = torch.cat([row_of_edge(*part) for part in parts])
+        for i in range(6):
+            edges = (row == i).nonzero().squeeze(1)
+            for feature in range(8):
+                # Python's max and min take the first; a NaN comes before everything
+                values = message[edges, feature].nan_to_num(9.0 if reduce == "max" else -9.0, 8.0, -8.0).tolist()
+                best = getattr(builtins, reduce)(range(len(values)), key=values.__getitem__, default=None)
+                assert winner[i, feature] == (-1 if best is None else edges[best])
+                value = torch.zeros((), dtype=dtype) if best is None else message[edges[best], feature]
+                assert torch.equal(out[i, feature].nan_to_num(9.0), value.nan_to_num(9.0))
+        assert torch.equal(aggregate_op(*arguments, False)[0].nan_to_num(9.0), out.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_edge_of_a_run_may_be_better_than_the_one_before(dtype):
+    x, count = torch.arange(2.0 * RUN_EDGES, dtype=dtype)[:, None], torch.arange(2 * RUN_EDGES + 1)
+    rowptr = torch.cat([count.new_zeros(1), count.cumsum(0)]).to(torch.int32)
+    col = torch.cat([torch.arange(n, dtype=torch.int32) for n in count.tolist()])
+    out, winner = aggregate_cpu(x, None, None, None, [rowptr, col], [], [], None, [], [], "max", 0.0, None, 512, False)
+    assert torch.equal(out[1:, 0], x[:, 0])
+    assert winner[1:, 0].tolist() == (rowptr[2:] - 1).tolist()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_no_tensor_of_an_extremum_is_of_the_size_of_the_messages(weighted):
+    rowptr, col = torch.arange(0, 20001, 100, dtype=torch.int32), torch.randint(200, (20000,), dtype=torch.int32)
+    x, weight = torch.randn(200, 64), torch.rand(20000) if weighted else None
+    row = torch.repeat_interleave(torch.arange(200), 100)
+    rowptr_t, col_t, edge_id = transpose_torch(row, col, 200)
+    with Calls() as seen:
+        out, winner = aggregate_cpu(
+            x, None, None, weight, [rowptr, col], [], [], None, [], [], "max", 0.0, None, 512, False
+        )  # fmt: skip
+        winners_cpu(out, winner, None if weight is None else weight[edge_id], [rowptr_t, col_t], edge_id, [], 512)
+    assert "maximum" in seen.names
+    assert max(seen.sizes) < col.numel() * 64 // 2
+
+
+def test_winners_are_made_only_for_a_gradient():
+    batch = make_batch()
+    leaf, history = torch.randn(batch.num_nodes, 5, requires_grad=True), torch.randn(40, 5)
+    weight = torch.rand(batch.num_edges)
+    makes = {}
+    for name, x, own in (
+        ("none", leaf.detach(), weight),
+        ("rows", leaf, weight),
+        ("weight", leaf.detach(), weight.clone().requires_grad_()),
+    ):
+        with Calls() as seen:
+            functional.aggregate(x, batch, history, "max", edge_weight=own)
+        makes[name] = bool((seen.outputs["aggregate"][1] >= 0).any())
+    assert makes == {"none": False, "rows": True, "weight": True}
+
+
 STORED = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
 
 
@@ -158,15 +234,18 @@ def test_every_table_in_place_and_staged(stored, reduce, dropout):
 
 
 class Calls(TorchDispatchMode):
-    """The names of the operations that were called."""
+    """The names of the operations that were called, their outputs, and how many values those have."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.sizes, self.outputs = [], [], {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        self.outputs[self.names[-1]] = out
+        self.sizes += [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])

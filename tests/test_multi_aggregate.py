@@ -14,9 +14,10 @@ import gas_triton as gas
 from gas_triton import Batch, functional
 from gas_triton.csr import find_hubs
 from gas_triton.functional.multi_aggregate import aggregate_messages, source_rows, target_rows
+from gas_triton.kernels.aggregate_cpu import RUN_EDGES
 from gas_triton.kernels.csr_rows import row_of_edge
 from gas_triton.kernels.multi_aggregate import multi_aggregate_ref, multi_aggregate_triton
-from gas_triton.kernels.multi_aggregate_cpu import RUN_EDGES, multi_aggregate_cpu
+from gas_triton.kernels.multi_aggregate_cpu import multi_aggregate_cpu
 from gas_triton.kernels.multi_aggregate_grad import coefficients, multi_aggregate_grad_triton
 from gas_triton.kernels.pull import widen
 from gas_triton.kernels.push import quantize_ref

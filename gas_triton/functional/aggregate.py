@@ -88,10 +88,12 @@ def aggregate(
     # winners are edges: in a symmetric graph's own arrays they would be their reverses
     may_share = is_graph_weight and reduce in ("sum", "mean")
     transposed, edge_id, hubs_transposed = transposed_blocks(rows, batch, table, has_halo, may_share)
+    # what wins is asked for by a gradient
+    has_winner = len(transposed) > 0 or (edge_weight is not None and edge_weight.requires_grad)
     return aggregate_op(
         rows, table, scale, edge_weight, inner, outer, transposed, edge_id, batch.hubs,
         hubs_transposed, reduce, history_dropout if table is not None else 0.0, seed, batch.hub_edges, staged,
-        residual, residual_weight,
+        residual, residual_weight, has_winner,
     )[0]  # fmt: skip
 
 
