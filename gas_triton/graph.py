@@ -96,7 +96,13 @@ class Graph:
 
     @classmethod
     def from_csr(
-        cls, rowptr: Tensor, col: Tensor, weight: Tensor | None = None, edge_attr: Tensor | None = None
+        cls,
+        rowptr: Tensor,
+        col: Tensor,
+        weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        *,
+        symmetric: bool | None = None,
     ) -> Graph:
         """Builds a graph from CSR arrays by target row.
 
@@ -105,6 +111,8 @@ class Graph:
             col: integer [E], source ids in [0, N).
             weight: floating [E] or None.
             edge_attr: edge features [E, ...] of any dtype, or None.
+            symmetric: whether every edge has its reverse with the same weight, where that is known. It is not checked;
+                None finds it out on first use, by a sort of all edges.
         """
         for name, value in (("rowptr", rowptr), ("col", col)):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
@@ -121,13 +129,17 @@ class Graph:
         edge_attr = _check_edge_attr(edge_attr, num_edges, col.device)
         dtype = _index_dtype(num_nodes, num_edges)
         rowptr, col = rowptr.to(dtype), col.to(dtype)
-        step = col.diff()
-        is_row_start = torch.zeros(num_edges + 1, dtype=torch.bool, device=col.device)
-        is_row_start[rowptr.long()] = True
-        if bool(((step < 0) & ~is_row_start[1:num_edges]).any()):
+        # one byte an edge each: larger temporaries would count beside the columns of a large graph
+        is_unsorted = col[1:] < col[:-1]
+        is_within_row = torch.ones(num_edges + 1, dtype=torch.bool, device=col.device)
+        is_within_row[rowptr.long()] = False
+        is_unsorted &= is_within_row[1:num_edges]
+        if bool(is_unsorted.any()):
             edge_index = torch.stack([col.long(), row_of_edge(rowptr, col)])
-            return cls.from_edge_index(edge_index, weight, num_nodes, edge_attr)
-        return cls(Csr(rowptr.contiguous(), col.contiguous()), weight, edge_attr=edge_attr)
+            graph = cls.from_edge_index(edge_index, weight, num_nodes, edge_attr)
+            graph._symmetric = symmetric
+            return graph
+        return cls(Csr(rowptr.contiguous(), col.contiguous()), weight, edge_attr=edge_attr, symmetric=symmetric)
 
     @classmethod
     def from_torch_csr(cls, adj_t: Tensor, edge_attr: Tensor | None = None) -> Graph:
@@ -310,15 +322,20 @@ class Graph:
         Raises:
             ValueError: the weights into a node sum to less than zero.
         """
-        weight = torch.ones(self.num_edges, device=self.device) if self.weight is None else self.weight
-        target = row_of_edge(self.rowptr, self.col)
-        degree = torch.segment_reduce(weight, "sum", offsets=self.rowptr.long())
+        if self.weight is None:
+            degree = self.degree.to(torch.get_default_dtype())
+        else:
+            degree = torch.segment_reduce(self.weight, "sum", offsets=self.rowptr.long())
         if bool((degree < 0).any()):
             node = int((degree < 0).nonzero()[0])
             raise ValueError(f"weight: the edges into node {node} sum to {float(degree[node])}, expected >= 0")
         scale = degree.pow(-0.5)
         scale.masked_fill_(scale.isinf(), 0.0)
-        normalized = weight * (scale[target] * scale[self.col.long()])
+        # int64 ids of all edges, to index with, would take more than the result
+        normalized = scale.index_select(0, self.col)
+        normalized *= scale.repeat_interleave(self.degree, output_size=self.num_edges)
+        if self.weight is not None:
+            normalized *= self.weight
         return Graph(
             self.csr, normalized, edge_attr=self.edge_attr, symmetric=self._symmetric, normalization="gcn",
             self_loop_weight=self.self_loop_weight, row_order=self.row_order,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gas_triton import Graph
+from gas_triton.memory import peak_bytes
 
 from .reference import GRAPHS, Edges, random_edges
 
@@ -276,6 +277,31 @@ def test_gcn_norm_as_pyg(edges: Edges, loops: float | None, torch_geometric: Mod
     assert [t[:2] for t in ours] == [t[:2] for t in theirs]
     dtype = torch.float64 if edges.weight is not None else torch.float32
     torch.testing.assert_close(*(torch.tensor([t[2] for t in side], dtype=dtype) for side in (ours, theirs)))
+
+
+def test_large_graphs_need_little_memory_besides_their_arrays() -> None:
+    num_nodes, degree = 2_000, 50
+    num_edges = num_nodes * degree
+    rowptr = torch.arange(0, num_edges + 1, degree, dtype=torch.int32)
+    col = ((torch.arange(num_nodes)[:, None] + torch.arange(degree)) % num_nodes).sort(1).values.int().view(-1)
+    with peak_bytes("cpu") as building:
+        graph = Graph.from_csr(rowptr, col, symmetric=False)
+    # two masks
+    assert building.nbytes < 2.5 * num_edges
+    with peak_bytes("cpu") as normalizing:
+        normalized = graph.gcn_norm()
+    # the weights, those of one end, and where these come from
+    assert normalizing.nbytes < 12.5 * num_edges
+    assert normalized.weight.nbytes == 4 * num_edges
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_from_csr_believes_what_it_is_told_of_symmetry(symmetric: bool, is_sorted: bool) -> None:
+    col = torch.tensor([1, 2, 0, 0]) if is_sorted else torch.tensor([2, 1, 0, 0])
+    graph = Graph.from_csr(torch.tensor([0, 2, 3, 4]), col, symmetric=symmetric)
+    assert graph.is_symmetric == symmetric
+    assert Graph(graph.csr).is_symmetric
 
 
 # --- renaming and moving ---------------------------------------------------------------------------------------------
