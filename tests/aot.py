@@ -1,7 +1,8 @@
 """Compiles Triton kernels for a GPU that need not be there, and reads what ptxas made of them.
 
 A script, not a test module: it runs in its own process without TRITON_INTERPRET, which replaces tl.* at import.
-Prints one JSON line a kernel: name, arch, registers, spilled bytes, row loads of 16 bytes, and what is wrong.
+Prints one JSON line a kernel: name, arch, registers, spilled bytes, row loads of 16 bytes, and what is wrong. Numbers
+choose architectures, --only=WORD kernels with it in their name. `python -m tests.compiled` keeps what it prints.
 """
 
 import collections
@@ -441,12 +442,12 @@ def main(chosen, architectures):
                 wrong.append(f"{found['wide_loads']} row loads of 16 bytes, expected {wide_loads}")
             if found["registers"] > cap:
                 wrong.append(f"{found['registers']} registers, cap {cap}")
-            print(
-                json.dumps({"kernel": name, "function": kernel.__name__, "arch": arch, **found, "wrong": wrong}),
-                flush=True,
-            )
+            about = {"kernel": name, "function": kernel.__name__, "arch": arch, "triton": triton.__version__}
+            print(json.dumps({**about, **found, "wrong": wrong}), flush=True)
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    main(controls() if "--controls" in arguments else cases(), [int(a) for a in arguments if a.isdigit()] or [90])
+    word = next((a.removeprefix("--only=") for a in arguments if a.startswith("--only=")), "")
+    chosen = (case for case in (controls() if "--controls" in arguments else cases()) if word in case[0])
+    main(chosen, [int(a) for a in arguments if a.isdigit()] or [90])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gas_triton.functional.dropout import check_seed
-from gas_triton.functional.rows import Halo, check_all_rows, check_floating, reads_halo
+from gas_triton.functional.rows import Halo, check_all_rows, check_floating, in_batch_rows, reads_halo
 from gas_triton.kernels.attention import attention as attention_op
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def attention(
         check_floating("edge_logit", edge_logit, batch, [batch.num_edges, heads])
     if not has_halo:
         # nothing outside the in-batch rows is read
-        x, source_logit = x[: batch.num_nodes], source_logit[: batch.num_nodes]
+        x, source_logit = in_batch_rows(x, batch), in_batch_rows(source_logit, batch)
         edge_logit = None if edge_logit is None else edge_logit[: batch.inner.num_edges]
 
     csr = batch.joint(has_halo)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gas_triton.functional.dropout import check_seed
-from gas_triton.functional.rows import FLOATS, Halo, check_all_rows, check_floating, describe, reads_halo
+from gas_triton.functional.rows import FLOATS, Halo, check_all_rows, check_floating, describe, in_batch_rows, reads_halo
 from gas_triton.kernels.dynamic_attention import SCORES
 from gas_triton.kernels.dynamic_attention import dynamic_attention as dynamic_attention_op
 
@@ -74,7 +74,7 @@ def dynamic_attention(
     check_all_rows("key", key, batch, has_halo)
     if not has_halo:
         # nothing outside the in-batch rows is read
-        key, value = key[:num_nodes], None if value is None else value[:num_nodes]
+        key, value = in_batch_rows(key, batch), None if value is None else in_batch_rows(value, batch)
         edge = None if edge is None else edge[: batch.inner.num_edges]
 
     rowptr, col, edge_id = batch.joint(has_halo)

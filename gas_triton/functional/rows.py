@@ -105,6 +105,11 @@ class Quantized:
     scale: Tensor
 
 
+def in_batch_rows(rows: Tensor, batch: Batch) -> Tensor:
+    """The in-batch rows of [B, ...] or [B + H, ...]: `rows` itself without halo, as a slice's gradient is a copy."""
+    return rows if rows.size(0) == batch.num_nodes else rows[: batch.num_nodes]
+
+
 def halo_rows(
     history: Tensor | Quantized,
     batch: Batch,
@@ -150,7 +155,7 @@ def check_rows(
         raise ValueError(f"x is on {x.device} but the batch is on {batch.device}: move one with .to()")
     if x.size(0) == batch.num_nodes + batch.num_halo:
         # without the halo, nothing outside the in-batch rows is read
-        return (x if has_halo else x[: batch.num_nodes]), _NO_SOURCE
+        return (x if has_halo else in_batch_rows(x, batch)), _NO_SOURCE
     if x.size(0) != batch.num_nodes:
         raise ValueError(row_count(x, batch))
     if not has_halo:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.graph import Graph
 from gas_triton.models.stack import Stack
 from gas_triton.nn import GCN2Conv
@@ -59,4 +60,4 @@ class GCN2(Stack):
 
     def common_inputs(self, x: Tensor | Features, batch: Batch) -> tuple[Tensor, ...]:
         # once, as the gradient of a slice is a copy with zeros
-        return (x.in_batch() if isinstance(x, Features) else x[: batch.num_nodes],)
+        return (x.in_batch() if isinstance(x, Features) else in_batch_rows(x, batch),)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.graph import Graph
 from gas_triton.models.stack import Stack
 from gas_triton.nn import LightPNAConv, degree_histogram
@@ -82,13 +83,13 @@ class PNA_JK(PNA):
             rows = F.dropout(rows, self.dropout, self.training)
         rows = self.lins[0](rows)
         h = (rows if self.input_norm is None else self.input_norm(rows)).relu()
-        outputs = [h[: batch.num_nodes]]
+        outputs = [in_batch_rows(h, batch)]
         for place, conv in enumerate(self.convs):
             out = conv(h, batch)
             if len(self.norms):
                 out = self.norms[place](out)
             if self.residual:
-                out = out + h[: batch.num_nodes]
+                out = out + in_batch_rows(h, batch)
             h = out.relu()
             outputs.append(h)
         return self.lins[1](F.dropout(torch.cat(outputs, dim=1), self.dropout, self.training))

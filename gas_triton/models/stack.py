@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, StaticInput
 from gas_triton.functional.dropout import check_probability
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.models.base import Model, check_sizes
 from gas_triton.nn.base import Halo, HistoryLayer
 
@@ -119,6 +120,6 @@ class Stack(Model):
             if len(self.norms):
                 h = self.norms[place](h)
             if self.residual and h.size(1) == (x.num_features if isinstance(x, Features) else x.size(1)):
-                h = h + (x.in_batch() if isinstance(x, Features) else x[: batch.num_nodes])
+                h = h + (x.in_batch() if isinstance(x, Features) else in_batch_rows(x, batch))
             x = h = self.activation(h)
         return self.lins[1](F.dropout(h, self.dropout, self.training))

@@ -13,7 +13,7 @@ from gas_triton import functional
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, Halo, Quantized, Reduce, StaticInput
 from gas_triton.functional.dropout import check_probability
-from gas_triton.functional.rows import FLOATS, check_halo
+from gas_triton.functional.rows import FLOATS, check_halo, in_batch_rows
 from gas_triton.history import HistoryStore, ReadsHistory
 
 
@@ -89,7 +89,7 @@ class Source:
 
     def in_batch(self) -> Tensor:
         """In-batch rows [B, F]."""
-        return self.x.in_batch() if isinstance(self.x, Features) else self.x[: self.batch.num_nodes]
+        return self.x.in_batch() if isinstance(self.x, Features) else in_batch_rows(self.x, self.batch)
 
 
 class HistoryLayer(nn.Module, ReadsHistory):

@@ -9,6 +9,7 @@ from gas_triton import functional
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
 from gas_triton.functional.dropout import check_probability
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 from gas_triton.nn.edge_attr import check_edge_attr, check_fill_value, fill_self_loops
 from gas_triton.nn.normalization import check_self_loops
@@ -114,7 +115,7 @@ class GATConv(HistoryLayer):
             rows,
             batch,
             (rows * self.att_src).sum(-1),
-            (rows[: batch.num_nodes] * self.att_dst).sum(-1),
+            (in_batch_rows(rows, batch) * self.att_dst).sum(-1),
             edge_logit=None if edge_attr is None else self._edge_logit(edge_attr),
             negative_slope=self.negative_slope,
             dropout=p,

@@ -9,6 +9,7 @@ from gas_triton import functional
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
 from gas_triton.functional.dropout import check_probability
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 from gas_triton.nn.edge_attr import check_edge_attr, check_fill_value, fill_self_loops
 from gas_triton.nn.normalization import check_self_loops
@@ -102,7 +103,7 @@ class GATv2Conv(HistoryLayer):
         source = self.read(x, batch)
         rows = source.rows()
         key = self.lin_l(rows).view(-1, self.heads, self.out_channels)
-        own, query = rows[: batch.num_nodes], key[: batch.num_nodes]
+        own, query = in_batch_rows(rows, batch), in_batch_rows(key, batch)
         if not self.share_weights:
             query = self.lin_r(own).view(-1, self.heads, self.out_channels)
         edge = None

@@ -13,6 +13,7 @@ from gas_triton import functional
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, MultiReduce
 from gas_triton.functional.multi_aggregate import check_reduces
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 from gas_triton.nn.pna_conv import check_scalers, count_neighbours, mean_degrees
 
@@ -85,7 +86,7 @@ class LightPNAConv(HistoryLayer):
         scale = self._scale(count_neighbours(batch, self.halo), rows.dtype)
         scaled = torch.cat(aggregated, dim=1).unflatten(1, (scale.size(1), -1)) * scale[:, :, None]
         out = F.linear(scaled.flatten(1), torch.cat([lin.weight for lin in post], dim=1))
-        return out + scale @ torch.stack([lin.bias for lin in post]) + self.lin(rows[: batch.num_nodes])
+        return out + scale @ torch.stack([lin.bias for lin in post]) + self.lin(in_batch_rows(rows, batch))
 
     def _scale(self, count: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of every row for every pair, [B, pairs]."""

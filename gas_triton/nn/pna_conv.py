@@ -13,6 +13,7 @@ from gas_triton import functional
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, MultiReduce
 from gas_triton.functional.multi_aggregate import aggregate_messages, check_reduces, source_rows, target_rows
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.graph import Graph
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 from gas_triton.nn.edge_attr import check_edge_attr
@@ -116,7 +117,7 @@ class PNAConv(HistoryLayer):
         edge_attr = check_edge_attr("PNAConv", batch, edge_attr, self.edge_dim, is_needed=True)
         source = self.read(x, batch)
         rows = source.rows()
-        own = rows[: batch.num_nodes]
+        own = in_batch_rows(rows, batch)
         count = count_neighbours(batch, self.halo)
         if self.pre_layers == 1 and edge_attr is None:
             neighbours = self._first(rows, 1).flatten(1)

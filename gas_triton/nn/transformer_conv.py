@@ -9,6 +9,7 @@ from gas_triton import functional
 from gas_triton.batch import Batch
 from gas_triton.functional import Features
 from gas_triton.functional.dropout import check_probability
+from gas_triton.functional.rows import in_batch_rows
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 from gas_triton.nn.edge_attr import check_edge_attr
 
@@ -87,7 +88,7 @@ class TransformerConv(HistoryLayer):
             edge = self.lin_edge(edge_attr).view(-1, self.heads, self.out_channels)
         source = self.read(x, batch)
         rows = source.rows()
-        own = rows[: batch.num_nodes]
+        own = in_batch_rows(rows, batch)
         query, key, value = (
             linear(of).view(-1, self.heads, self.out_channels)
             for linear, of in ((self.lin_query, own), (self.lin_key, rows), (self.lin_value, rows))
