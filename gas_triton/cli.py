@@ -371,6 +371,10 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("--num-parts", type=int, nargs="+", default=[40], help="clusters (default: 40)")
     partition.add_argument("--batch-size", type=int, default=1, help="clusters of a batch (default: %(default)s)")
 
+    from gas_triton.cli_memory import add_commands
+
+    add_commands(commands, _data_options(required=False), common, _load, _path)
+
     doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser

@@ -1,5 +1,6 @@
 """Peak memory: exact on allocations of known size, wherever they are made."""
 
+import json
 import os
 import subprocess
 import sys
@@ -115,6 +116,73 @@ def test_nothing_is_printed_and_the_environment_stays() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "KINETO_LOG_LEVEL"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# A training step of some hundred MiB. Every large tensor is a mapping of its own (MALLOC_MMAP_THRESHOLD_), so that its
+# pages come when it is written and go when it is freed: the kernel's count of the process's pages is the truth.
+AGAINST_THE_KERNEL = """
+import gc, json, re
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+import gas_triton as gas
+from gas_triton.memory import peak_bytes
+from gas_triton.models import GCN
+
+def pages(name):
+    return int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+torch.set_num_threads(1)
+N, E, FEATURES = 32_000, 128_000, 128
+graph = gas.Graph.from_edge_index(torch.randint(N, (2, E)), num_nodes=N)
+parts = gas.contiguous_partition(graph, [N // 2] * 2)
+x, y = torch.randn(N, FEATURES), torch.randint(8, (N,))
+graph, x, y = parts.permute(graph, x, y)
+graph = graph.add_self_loops().gcn_norm()
+model = GCN(FEATURES, 256, 8, 3, dropout=0.5)
+gas.attach_histories(model, N)
+for store in (conv.history for conv in model.convs[1:]):
+    # rows that were never written have no pages yet
+    store._tensors["table"].fill_(0.0)
+loader = gas.ClusterLoader(graph, parts, 1, shuffle=False, x=x, y=y)
+optimizer = torch.optim.Adam(model.parameters())
+
+def step():
+    batch = loader.batch([1])
+    out = model(batch.features, batch)
+    loss = F.cross_entropy(out, batch.y)
+    del out
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loader._planned.clear()
+
+step()
+rises, counts = [], []
+for _ in range(2):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = pages("VmHWM")
+    step()
+    rises.append(pages("VmHWM") - before)
+with peak_bytes("cpu") as peak:
+    step()
+counts.append(peak.nbytes)
+print(json.dumps({"rises": rises, "counts": counts}))
+"""
+
+
+def test_the_count_is_what_the_kernel_says() -> None:
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TOP_PAD_="0", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", AGAINST_THE_KERNEL], capture_output=True, text=True, env=environment)
+    if "clear_refs" in done.stderr:
+        pytest.skip("the peak of the process's memory cannot be reset here")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert min(found["counts"]) > 100 * 2**20
+    for count in found["counts"]:
+        # whole pages, and small blocks that malloc keeps
+        assert count == pytest.approx(min(found["rises"]), rel=0.02), found
 
 
 @pytest.mark.gpu
