@@ -17,8 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from bench.side_by_side import machine
 from gas_triton import presets
 from gas_triton.datasets import Dataset, load
@@ -80,9 +78,11 @@ class Record:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.machine = ""
         self.groups: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
-            self.groups = json.loads(path.read_text())["groups"]
+            content = json.loads(path.read_text())
+            self.machine, self.groups = content.get("machine", ""), content["groups"]
 
     def group(self, name: str, way: str, epochs: int) -> dict[str, Any]:
         """Runs of a dataset by seed; those of other settings than today's are forgotten."""
@@ -111,6 +111,10 @@ class Record:
         done = self.group(name, way, epochs)
         return [100 * done[str(seed)]["test_acc"] for seed in range(seeds) if str(seed) in done]
 
+    def seeds(self, name: str, way: str, epochs: int) -> int:
+        """How many seeds are done."""
+        return len(self.group(name, way, epochs))
+
 
 def table(record: Record, names: list[str], ways: list[str], seeds: int, epochs: int) -> str:
     """Mean and standard deviation of the test accuracy in points, and how far the mean is from that of another way."""
@@ -132,6 +136,32 @@ def table(record: Record, names: list[str], ways: list[str], seeds: int, epochs:
     return "\n".join(lines)
 
 
+def tables(record: Record, epochs: int = 200) -> str:
+    """What the file holds: histories and dtypes, then compensated training, on the seeds that all ways of a table have.
+
+    Args:
+        record: the finished runs.
+        epochs: of the runs that count.
+    """
+    texts = []
+    for ways in (["full-batch", "histories", "bfloat16", "int8"], ["histories", "momentum", "lmc"]):
+        lines: list[str] = []
+        for name in DATASETS:
+            seeds = min(record.seeds(name, way, epochs) for way in ways)
+            head, rule, *found = table(record, [name], ways, seeds, epochs).splitlines()
+            lines += [*([] if lines else [head, rule]), *found] if found else []
+        texts += ["\n".join(lines)] if lines else []
+    if not texts:
+        return "Not measured: `python -m bench.accuracy --root DATA --json bench/results/accuracy-cpu.json`"
+    return "\n\n".join([*texts, f"<sub>{record.machine}; `python -m bench.accuracy`</sub>"])
+
+
+def summary(record: Record, name: str, way: str, epochs: int = 200) -> str:
+    """Mean and standard deviation in points of all seeds that are done; empty without any."""
+    points = record.accuracies(name, way, record.seeds(name, way, epochs), epochs)
+    return f"{statistics.mean(points):.2f} ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
+
+
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,6 +172,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--json", type=Path, help="where runs are kept and taken up again")
     arguments = parser.parse_args()
+    from tqdm import tqdm
+
     record = Record(arguments.json)
     wanted = [(n, w, s) for n in arguments.datasets for s in range(arguments.seeds) for w in arguments.ways]
     loaded: dict[str, Dataset] = {}

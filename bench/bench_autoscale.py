@@ -14,17 +14,22 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from bench.side_by_side import interleave, machine, parse_rounds, ratio, report
+from bench import groups
+from bench.groups import Case, Group, Setting, measure_cases, run_with
+from bench.side_by_side import missing_pyg
+from bench.tables import OURS, Row
 from gas_triton import Batch, ClusterLoader, Graph, attach_histories, autoscale, contiguous_partition
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 RAW = "layer as it is"
+WAYS = (OURS, RAW)
 LAYERS = ("GATConv", "TransformerConv", "GINEConv", "PNAConv", "EdgeConv", "GraphConv, weights", "custom")
 AT_MOST = 1.15
 NUM_FEATURES = 32
@@ -92,11 +97,10 @@ def make_layer(name: str, problem: Problem) -> tuple[nn.Module, dict[str, Tensor
 
 
 def calls(name: str, problem: Problem, has_history: bool) -> dict[str, Callable[[], Tensor]]:
-    """Forward and backward of the layer as it is and wrapped."""
+    """Forward and backward of the layer, wrapped and as it is."""
     layer, edges = make_layer(name, problem)
     wrapped: Any = autoscale(copy.deepcopy(layer), fuse=False)
     batch, num_nodes = problem.batch, problem.batch.num_nodes
-    label = "wrapped, with history" if has_history else "wrapped"
     table = problem.history.clone()
     x = (problem.x[:num_nodes] if has_history else problem.x).clone().requires_grad_()
     if has_history:
@@ -119,52 +123,39 @@ def calls(name: str, problem: Problem, has_history: bool) -> dict[str, Callable[
         out = wrapped(x, batch, **edges)
         return torch.autograd.grad(out.sum(), [x, *wrapped.parameters()], allow_unused=True) and out
 
-    return {RAW: raw, label: ours}
+    return {OURS: ours, RAW: raw}
 
 
-def check(pair: dict[str, Callable[[], Tensor]]) -> None:
-    """Raises AssertionError if the two differ: they do the same, so every bit must be the same."""
-    raw, ours = (call().detach() for call in pair.values())
-    assert torch.equal(raw, ours), "the wrapped layer gives other rows"
+def cases(setting: Setting) -> list[Case]:
+    """Layers with rows given and with a history; none without torch_geometric."""
+    layers = setting.choose(LAYERS, LAYERS, ("GATConv", "custom")) if missing_pyg() is None else ()
+    num_rows = setting.choose(4_000, 4_000, 200)
+
+    def build(name: str, has_history: bool) -> Group:
+        # they do the same, so every bit must be the same
+        return Group(calls(name, make_problem(num_rows), has_history), tolerance=0.0)
+
+    return [
+        Case("autoscale", {"layer": name, "rows": rows}, functools.partial(build, name, rows == "with history"))
+        for name in layers
+        for rows in ("rows given", "with history")
+    ]
 
 
-# --- pytest-benchmark -----------------------------------------------------------------------------------------------
+def measure(setting: Setting) -> list[Row]:
+    """Rows of every layer; `over` is our time over that of the layer as it is."""
+    if reason := missing_pyg():
+        return [{"op": "autoscale", "way": OURS, "missing": reason}]
+    rows = measure_cases(cases(setting), setting)
+    for ours, raw in zip(rows[::2], rows[1::2], strict=True):
+        over = 1.0 / raw["times_ours"]
+        ours |= {"over": over, "target": f"<= {AT_MOST:g}x", "met": over <= AT_MOST}
+    return rows
 
 
-@pytest.mark.interop
-@pytest.mark.parametrize("has_history", [False, True], ids=["rows", "history"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_answers_agree(name: str, has_history: bool) -> None:
-    pytest.importorskip("torch_geometric")
-    check(calls(name, make_problem(200), has_history))
-
-
-@pytest.mark.interop
-@pytest.mark.parametrize("which", [0, 1], ids=["raw", "wrapped"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_wrapped(benchmark: BenchmarkFixture, name: str, which: int) -> None:
-    pytest.importorskip("torch_geometric")
-    benchmark.group = f"autoscaled {name}"
-    benchmark(list(calls(name, make_problem(), False).values())[which])
-
-
-def main() -> None:
-    """Prints the ratios."""
-    rounds = parse_rounds(__doc__, 20)
-    print(machine())
-    problem = make_problem()
-    batch = problem.batch
-    sizes = f"{batch.num_nodes} + {batch.num_halo} rows, {batch.num_edges} edges, {NUM_FEATURES} features"
-    for name in LAYERS:
-        for has_history in (False, True):
-            pair = calls(name, problem, has_history)
-            check(pair)
-            seconds = interleave(pair, rounds)
-            print(report(f"\n{name}, forward and backward: {sizes}", seconds, RAW))
-            over = ratio(seconds, list(pair)[1], RAW)
-            verdict = "met" if over <= AT_MOST else "MISSED"
-            print(f"  target at most {AT_MOST:g}x: {over:.2f}x, {verdict}")
+def test_wrapped(benchmark: BenchmarkFixture, case: Case, way: str) -> None:
+    run_with(benchmark, case, way)
 
 
 if __name__ == "__main__":
-    main()
+    groups.main(__doc__, measure)

@@ -1,9 +1,9 @@
-"""`functional.multi_aggregate` and `nn.PNAConv` on a CPU against torch_geometric: time side by side, and peak memory.
+"""`functional.multi_aggregate` and `PNAConv` against torch_geometric, and against the same operations in plain torch.
 
-Input: as in `bench_aggregate`, without weights: rows of a batch with a quarter of their edges to halo rows. PyG is
-given the halo rows already copied and concatenated with the batch's; ours reads them from the history.
+Input: rows of a batch with a quarter of their edges to halo rows, without weights. The baselines are given the halo
+rows already copied and concatenated with the batch's; ours reads them from the history.
 
-    python -m bench.bench_multi_aggregate        ratios, rounds interleaved, then bytes
+    python -m bench.bench_multi_aggregate        a table for each case, rounds interleaved
     pytest bench/bench_multi_aggregate.py        pytest-benchmark, one case after another
 """
 
@@ -11,129 +11,150 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench import pygas
-from bench.bench_aggregate import Problem, make_problem
-from bench.side_by_side import (
-    Target,
-    interleave,
-    machine,
-    missing_pyg,
-    parse_rounds,
-    passes,
-    peaks,
-    report,
-    report_peaks,
+from bench import groups, plain
+from bench.groups import Case, Group, Setting, measure_cases, run_with
+from bench.inputs import Inputs, make_inputs
+from bench.layers import (
+    BOTH,
+    FORWARD,
+    PASSES,
+    PLAIN,
+    PYG,
+    WAYS,
+    Promise,
+    all_but_ties,
+    hold_to,
+    index_bytes,
+    layer_group,
+    run,
 )
-from gas_triton import functional
-from gas_triton.kernels.aggregate import row_of_edge
+from bench.roofline import Gather, Traffic, halo_and_own_rows
+from bench.side_by_side import missing_pyg
+from bench.tables import OURS, Row
+from gas_triton import Batch, functional
 from gas_triton.nn import PNAConv
 
-OURS, PYG = "gas_triton", "torch_geometric"
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+__all__ = ["PROMISES", "WAYS", "cases", "measure"]
 REDUCES: list[Any] = ["sum", "mean", "min", "max", "std"]
 SCALERS = ["identity", "amplification", "attenuation"]
 KINDS = ("aggregations", "PNAConv")
-MODES = ("forward", "forward + backward")
-WIDTHS = (64, 128)
-TARGETS = [Target(PYG, OURS, 1.0)]
-MEMORY_TARGET = Target(PYG, OURS, 2.0)
+PROMISES = {"cpu": [Promise(time=1.0, memory=2.0), Promise(time=1.0, which=FORWARD)], "cuda": [Promise(time=4.0)]}
+DEGREE = 25
 
 
-@functools.lru_cache(maxsize=1)
-def forwards(kind: str, num_features: int) -> tuple[Problem, dict[str, Callable[[Tensor], Tensor]]]:
-    """The problem, and both ways from in-batch rows to [B, ...], by name."""
-    problem = make_problem(num_features=num_features)
-    batch, history = problem.batch, problem.history
-    row = row_of_edge(problem.rowptr, problem.col)
-    num_rows = problem.x.size(0)
-    deg = torch.bincount(problem.rowptr.diff())
-    ways: dict[str, Callable[[Tensor], Tensor]] = {}
+def cases(setting: Setting) -> list[Case]:
+    """Both passes of five aggregations and of a layer, at several widths."""
+    return [
+        Case(
+            "multi_aggregate",
+            {"kind": kind, "pass": which, "features": num_features},
+            lambda kind=kind, which=which, num_features=num_features: make(setting, kind, which, num_features),
+        )
+        for kind in KINDS
+        for num_features in setting.choose([64, 128], [64], [8])
+        for which in PASSES
+    ]
+
+
+def make(setting: Setting, kind: str, which: str, num_features: int) -> Group:
+    """A batch and what reads it."""
+    torch.manual_seed(0)
+    device = setting.device
+    full = {"aggregations": (100_000, 10_000), "PNAConv": (40_000, 5_000)}[kind][device.type != "cuda"]
+    inputs = make_inputs(
+        setting.choose(full, full // 4, 30), setting.choose(DEGREE, DEGREE, 5), num_features, device=device
+    )
     if kind == "aggregations":
-        ways[OURS] = lambda x: functional.multi_aggregate(x, batch, history, REDUCES).flatten(1)
+        return aggregations(inputs, which)
+    batch = inputs.batch
+    deg = torch.bincount(batch.joint().rowptr.diff())
+    conv = PNAConv(num_features, num_features, REDUCES, SCALERS, deg).to(device)
+    return layer_group(
+        conv, batch, inputs.cat(inputs.x), which, traffic=pna_traffic(batch, num_features, len(SCALERS), which)
+    )
+
+
+def aggregations(inputs: Inputs, which: str) -> Group:
+    """The reductions of neighbours alone, [B, K * F] of in-batch rows [B, F]."""
+    batch = inputs.batch
+    edges, _ = plain.edges_of(batch)
+    batch.transposed_inner(shared=False)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        OURS: lambda x: functional.multi_aggregate(x, batch, inputs.history, REDUCES).flatten(1),
+        PLAIN: lambda x: plain.multi_aggregate(inputs.cat(x).index_select(0, edges.source), edges, REDUCES),
+    }
+    missing = {}
+    if reason := missing_pyg():
+        missing[PYG] = reason
     else:
-        ours = PNAConv(num_features, num_features, REDUCES, SCALERS, deg)
-        ways[OURS] = lambda x: ours(torch.cat([x, history[batch.halo_ids]]), batch)
-    if missing_pyg() is None:
         import torch_geometric
 
-        if kind == "aggregations":
-            aggregations = torch_geometric.nn.MultiAggregation(REDUCES)
+        theirs = torch_geometric.nn.MultiAggregation(REDUCES)
 
-            def aggregate(x: Tensor) -> Tensor:
-                message = pygas.pull(x, history, batch.halo_ids).index_select(0, problem.col)
-                return aggregations(message, row, dim_size=num_rows, dim=0)
+        def aggregate(x: Tensor) -> Tensor:
+            message = inputs.cat(x).index_select(0, edges.source)
+            return theirs(message, edges.target, dim_size=edges.num_rows, dim=0)
 
-            ways[PYG] = aggregate
-        else:
-            theirs = torch_geometric.nn.PNAConv(num_features, num_features, REDUCES, SCALERS, deg)
-            theirs.load_state_dict(ours.state_dict())
-            edge_index = torch.stack([problem.col, row])
-            ways[PYG] = lambda x: theirs(pygas.pull(x, history, batch.halo_ids), edge_index)[:num_rows]
-    return problem, ways
-
-
-def cases(kind: str, num_features: int, mode: str) -> dict[str, Callable[[], Tensor]]:
-    """The same as functions of nothing; with a backward pass they give the gradient of `x`."""
-    problem, ways = forwards(kind, num_features)
-    grad = problem.grad.repeat(1, len(REDUCES)) if kind == "aggregations" else problem.grad
-    return passes(ways, problem.x, grad, mode)
+        ways[PYG] = aggregate
+    grad = inputs.grad.repeat(1, len(REDUCES))
+    return Group(
+        {name: functools.partial(run, way, inputs.x, grad, {}, which) for name, way in ways.items()},
+        missing,
+        reduce_traffic(batch, inputs.x.size(1), which),
+        difference=all_but_ties if which == BOTH else None,
+    )
 
 
-def check(kind: str, num_features: int) -> None:
-    """Raises AssertionError if answers differ by more than rounding, in units of their largest."""
-    for mode in MODES:
-        answers = {name: case() for name, case in cases(kind, num_features, mode).items()}
-        if PYG in answers:
-            difference = (answers[OURS] - answers[PYG]).abs() / answers[PYG].abs().max()
-            share = float((difference > 1e-4).double().mean())
-            # of a few million extrema some are equal: PyG shares their gradient out, ours gives it to one of them
-            allowed = 1e-3 if mode == MODES[1] else 0.0
-            assert share <= allowed, (
-                f"{kind}, {mode}: {share:.1e} of the answers differ, by up to {difference.max():.1e}"
-            )
+def reduce_traffic(batch: Batch, num_features: int, which: str) -> Traffic:
+    """What the five reductions move at least, in float32.
+
+    Forward: neighbours gathered once, all results written, with the winning edges where a backward follows. Backward:
+    along the transpose of the in-batch edges, a gradient and a factor for sum, mean and std together, and gradient and
+    winner for both extrema; own rows read, a gradient written.
+    """
+    row = 4 * num_features
+    forward = Traffic(
+        index_bytes(batch.joint()) + batch.num_nodes * row * len(REDUCES),
+        halo_and_own_rows(batch, num_features, torch.float32, torch.float32),
+    )
+    if which == FORWARD:
+        return forward
+    transposed, _ = batch.transposed_inner(shared=False)
+    winners = Traffic(2 * batch.num_nodes * row)
+    of_target = Gather(batch.inner.rowptr.diff().long(), 6 * row)
+    return forward.followed_by(winners).followed_by(
+        Traffic(index_bytes(transposed) + 2 * batch.num_nodes * row, [of_target])
+    )
 
 
-# --- pytest-benchmark -----------------------------------------------------------------------------------------------
+def pna_traffic(batch: Batch, num_features: int, num_scalers: int, which: str) -> Traffic:
+    """The five reductions of all rows, with the linear layers before and after them."""
+    rows, all_rows, row = batch.num_nodes, batch.num_nodes + batch.num_halo, 4 * num_features
+    square = 2 * num_features * num_features
+    # before: own and neighbour half of the pre-layer; after: a post-layer of own rows and scaled results, and the last
+    flops = square * (all_rows + rows + rows * (len(REDUCES) * num_scalers + 1) + rows)
+    streamed = row * (2 * all_rows + rows * (2 + len(REDUCES) + 2))
+    traffic = reduce_traffic(batch, num_features, which).followed_by(Traffic(streamed, flops=flops))
+    return traffic if which == FORWARD else traffic.followed_by(Traffic(2 * streamed, flops=2 * flops))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_answers_agree(kind: str) -> None:
-    check(kind, 64)
+def measure(setting: Setting) -> list[Row]:
+    """The rows of all cases."""
+    return hold_to(measure_cases(cases(setting), setting), setting, PROMISES)
 
 
-@pytest.mark.parametrize("name", [OURS, PYG])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_multi_aggregate(benchmark: BenchmarkFixture, kind: str, mode: str, name: str) -> None:
-    if name == PYG and (reason := missing_pyg()):
-        pytest.skip(reason)
-    benchmark.group = f"{kind}, {mode}"
-    benchmark(cases(kind, 64, mode)[name])
-
-
-def main() -> None:
-    """Prints the ratios and the bytes."""
-    rounds = parse_rounds(__doc__, 10)
-    print(machine())
-    if reason := missing_pyg():
-        print(f"without torch_geometric: {reason}")
-    for kind in KINDS:
-        for num_features in WIDTHS:
-            check(kind, num_features)
-            problem, _ = forwards(kind, num_features)
-            shape = f"{problem.x.size(0)} rows, {problem.col.numel()} edges, {num_features} features"
-            for mode in MODES:
-                seconds = interleave(cases(kind, num_features, mode), rounds, warmup=1)
-                title = f"\n{kind}, {mode}: {shape}, {problem.batch.num_halo} halo rows"
-                print(report(title, seconds, OURS, TARGETS), flush=True)
-            print(report_peaks(peaks(cases(kind, num_features, MODES[1])), MEMORY_TARGET), flush=True)
+def test_multi_aggregate(benchmark: BenchmarkFixture, case: Case, way: str) -> None:
+    """Under pytest-benchmark."""
+    run_with(benchmark, case, way)
 
 
 if __name__ == "__main__":
-    main()
+    groups.main(__doc__, measure)

@@ -13,22 +13,28 @@ import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.side_by_side import interleave, machine, parse_rounds, report
+from bench import groups
+from bench.groups import Case, Group, Setting, run_with
+from bench.side_by_side import interleave
+from bench.tables import OURS, Row
 from gas_triton import Batch, ClusterLoader, Graph, contiguous_partition, functional
 
-RAW = "embedding_bag kernels"
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+RAW = "kernels alone"
+WAYS = (OURS, RAW)
 # name -> (graph weights, gradient of x)
 CALLS = {
-    "aggregate": (False, False),
-    "aggregate, gradient": (False, True),
-    "aggregate, weights": (True, False),
-    "aggregate, weights, gradient": (True, True),
+    "no gradient": (False, False),
+    "gradient": (False, True),
+    "weights, no gradient": (True, False),
+    "weights, gradient": (True, True),
 }
 MAX_MICROSECONDS = 40.0
 CALLS_A_ROUND = 500
@@ -84,9 +90,9 @@ def our_call(problem: Problem, weighted: bool, gradient: bool) -> Callable[[], T
 
 
 def pairs(problem: Problem) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """For each of `CALLS`, the kernels alone and our call of them."""
+    """For each of `CALLS`, our call and the kernels alone."""
     return {
-        name: {RAW: raw_call(problem, weighted), name: our_call(problem, weighted, gradient)}
+        name: {OURS: our_call(problem, weighted, gradient), RAW: raw_call(problem, weighted)}
         for name, (weighted, gradient) in CALLS.items()
     }
 
@@ -94,37 +100,37 @@ def pairs(problem: Problem) -> dict[str, dict[str, Callable[[], Tensor]]]:
 def check(problem: Problem) -> None:
     """Raises AssertionError if a call differs from its kernels: the sums are the same, so every bit must be."""
     for name, pair in pairs(problem).items():
-        assert torch.equal(pair[RAW](), pair[name]().detach()), f"{name} differs from its kernels"
+        assert torch.equal(pair[RAW](), pair[OURS]().detach()), f"{name} differs from its kernels"
 
 
-# --- pytest-benchmark -----------------------------------------------------------------------------------------------
+def cases(setting: Setting) -> list[Case]:
+    """The calls."""
+    return [
+        Case("overhead", {"call": name}, functools.partial(lambda name: Group(pairs(make_problem())[name]), name))
+        for name in CALLS
+    ]
 
 
-def test_answers_agree() -> None:
-    check(make_problem())
-
-
-@pytest.mark.parametrize("which", ["kernels", "call"])
-@pytest.mark.parametrize("name", list(CALLS))
-def test_overhead(benchmark: BenchmarkFixture, name: str, which: str) -> None:
-    benchmark.group = f"overhead of {name}"
-    benchmark(pairs(make_problem())[name][RAW if which == "kernels" else name])
-
-
-def main() -> None:
-    """Prints the overheads."""
-    rounds = parse_rounds(__doc__, 20)
-    print(machine())
+def measure(setting: Setting) -> list[Row]:
+    """A row for each call, with the kernels alone and the difference, in microseconds."""
     problem = make_problem()
     check(problem)
+    rows: list[Row] = []
+    calls_a_round = setting.choose(CALLS_A_ROUND, 100, 2)
     for name, pair in pairs(problem).items():
-        seconds = interleave(pair, rounds, calls=CALLS_A_ROUND)
-        rows, edges = problem.batch.num_nodes, problem.batch.num_edges
-        print(report(f"\n{name}: {rows} rows, {edges} edges, {problem.x.size(1)} features", seconds, RAW))
-        over = 1e6 * statistics.median(a - b for a, b in zip(seconds[name], seconds[RAW], strict=True))
-        verdict = "met" if over <= MAX_MICROSECONDS else "MISSED"
-        print(f"  target overhead <= {MAX_MICROSECONDS:g} us: {over:.1f} us, {verdict}")
+        seconds = interleave(pair, setting.choose(20, 10, 3), calls=calls_a_round)
+        over = 1e6 * statistics.median(a - b for a, b in zip(seconds[OURS], seconds[RAW], strict=True))
+        ours, raw = (1e6 * statistics.median(seconds[way]) for way in WAYS)
+        rows.append({
+            "op": "overhead", "call": name, "way": OURS, "ms": ours / 1e3, "kernels_us": raw, "call_us": ours,
+            "overhead_us": over, "target": f"<= {MAX_MICROSECONDS:g} us", "met": over <= MAX_MICROSECONDS,
+        })  # fmt: skip
+    return rows
+
+
+def test_overhead(benchmark: BenchmarkFixture, case: Case, way: str) -> None:
+    run_with(benchmark, case, way)
 
 
 if __name__ == "__main__":
-    main()
+    groups.main(__doc__, measure)

@@ -1,38 +1,38 @@
 """A training epoch with histories on the device, in host memory and in files; rows fetched ahead, and when asked for.
 
 On a GPU this shows how much of the transfers is hidden. On a CPU nothing runs beside a step, so all of their time is
-exposed, and what shows is what copying rows costs over reading them in place.
+exposed, and what shows is what copying rows costs over reading them in place. The losses of all are equal, bit for bit.
 
-    python -m bench.bench_prefetch                 epochs interleaved; on the GPU where there is one
-    python -m bench.bench_prefetch --dtype int8    int8 tables
-    pytest bench/bench_prefetch.py                 pytest-benchmark, one case after another
+    python -m bench.bench_prefetch         epochs interleaved; on the GPU where there is one
+    pytest bench/bench_prefetch.py         pytest-benchmark, one case after another
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import functools
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.bench_epoch import HIDDEN, NUM_LAYERS, Problem, Training, make_problem
-from bench.side_by_side import interleave, machine, ratio, report
+from bench import groups
+from bench.bench_epoch import NUM_LAYERS, Problem, Training, hidden_of, make_problem, problem_of
+from bench.groups import Case, Group, Setting, measure_cases, run_with
+from bench.tables import OURS, Row
 from gas_triton import Histories, attach_histories
-from gas_triton.doctor import device_name
 from gas_triton.history.device import Inline, Spans, Stream
 from gas_triton.models import GCN
-from gas_triton.training import HISTORY_DTYPES
+from gas_triton.training_config import HISTORY_DTYPES
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 # name -> (arguments of attach_histories, batches ahead)
-WAYS: dict[str, tuple[dict[str, Any], int]] = {
+TIERS: dict[str, tuple[dict[str, Any], int]] = {
     "device": ({"tier": "device"}, 1),
     "pinned, ahead": ({"tier": "pinned"}, 1),
     "pinned, when asked": ({"tier": "pinned"}, 0),
@@ -40,13 +40,10 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
     "file, ahead": ({"tier": "file"}, 1),
     "file, when asked": ({"tier": "file"}, 0),
 }
+WAYS = tuple(TIERS)
 MAX_HOST_MICROSECONDS = 300.0
-
-
-def move(problem: Problem, device: torch.device) -> Problem:
-    """The problem on another device."""
-    tensors = {name: getattr(problem, name).to(device) for name in ("graph", "x", "y", "train_mask")}
-    return dataclasses.replace(problem, **tensors)
+# of the time of transfers, on a GPU
+LEAST_HIDDEN = 0.95
 
 
 class PrefetchTraining(Training):
@@ -59,12 +56,8 @@ class PrefetchTraining(Training):
         dtype: of the tables.
     """
 
-    def __init__(
-        self, problem: Problem, tier: dict[str, Any], depth: int, dtype: torch.dtype, hidden: int = HIDDEN
-    ) -> None:
+    def __init__(self, problem: Problem, tier: dict[str, Any], depth: int, dtype: torch.dtype, hidden: int) -> None:
         super().__init__(problem, hidden=hidden)
-        device = problem.x.device
-        self.model.to(device)
         self.histories = attach_histories(self.model, problem.graph.num_nodes, dtype=dtype, **tier)
         self.depth = depth
 
@@ -75,14 +68,12 @@ class PrefetchTraining(Training):
         return torch.stack([self.step(batch) for batch in batches]).tolist()
 
 
-def trainings(
-    problem: Problem, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN
-) -> dict[str, PrefetchTraining]:
-    """A training for each of `WAYS`."""
-    return {name: PrefetchTraining(problem, tier, depth, dtype, hidden) for name, (tier, depth) in WAYS.items()}
+def trainings(problem: Problem, dtype: torch.dtype, hidden: int) -> dict[str, PrefetchTraining]:
+    """A training for each of `TIERS`."""
+    return {name: PrefetchTraining(problem, tier, depth, dtype, hidden) for name, (tier, depth) in TIERS.items()}
 
 
-def check(problem: Problem, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> None:
+def check(problem: Problem, dtype: torch.dtype, hidden: int) -> None:
     """Raises AssertionError if a way gives other losses than tables on the device: every bit must be the same."""
     losses = {}
     for name, training in trainings(problem, dtype, hidden).items():
@@ -91,16 +82,15 @@ def check(problem: Problem, dtype: torch.dtype = torch.float32, hidden: int = HI
         assert losses[name] == losses["device"], f"losses of {name} differ from those of tables on the device"
 
 
-def transfers(histories: Histories) -> str:
-    """What `transfer_stats` says, for a reader."""
+def transfers(histories: Histories) -> Row:
+    """What `transfer_stats` says; nothing where nothing is pulled."""
     stats = histories.transfer_stats()
     if not stats["pulls"]:
-        return "nothing pulled"
-    rate = stats["pull_bytes"] / stats["pull_seconds"] / 1e9
-    return (
-        f"{stats['pull_bytes'] / 2**20:.1f} MiB pulled at {rate:.2f} GB/s, {stats['misses']} of {stats['pulls']} pulls "
-        f"when asked, {stats['hidden_fraction']:.1%} of {stats['pull_seconds'] * 1e3:.1f} ms hidden"
-    )
+        return {}
+    return {
+        "pulled_mib": stats["pull_bytes"] / 2**20, "pull_gbps": stats["pull_bytes"] / stats["pull_seconds"] / 1e9,
+        "pulls": stats["pulls"], "misses": stats["misses"], "hidden": stats["hidden_fraction"],
+    }  # fmt: skip
 
 
 def pinned_copy_rate(device: torch.device, nbytes: int = 1 << 28, rounds: int = 10) -> tuple[float, float]:
@@ -139,6 +129,7 @@ def host_microseconds(epochs: int = 100) -> float:
     layers take to exchange rows with their histories, including the packing of these few rows.
     """
     problem = make_problem(200, 1_000, num_parts=8, batch_size=1, cache=None)
+    make_problem.cache_clear()
     model = GCN(problem.x.size(1), 8, problem.num_classes, 3)
     histories = attach_histories(model, problem.graph.num_nodes, tier="pinned")
     for store in histories.values():
@@ -170,57 +161,64 @@ def host_microseconds(epochs: int = 100) -> float:
 _engine = _NoCopies()
 
 
-# --- pytest-benchmark -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:there is no CUDA device")
-def test_losses_agree() -> None:
-    check(make_problem())
-
-
-@pytest.mark.filterwarnings("ignore:there is no CUDA device")
-@pytest.mark.parametrize("name", list(WAYS))
-def test_epoch(benchmark: BenchmarkFixture, name: str) -> None:
-    benchmark.group = f"epoch of a {NUM_LAYERS}-layer GCN, {HIDDEN} wide, by tier"
-    tier, depth = WAYS[name]
-    training = PrefetchTraining(make_problem(), tier, depth, torch.float32)
-    benchmark.pedantic(training.run_epoch, rounds=3, warmup_rounds=1)
-    benchmark.extra_info |= training.histories.transfer_stats()
-    training.histories.close()
-
-
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=HISTORY_DTYPES, default="float32", help="of the tables")
-    parser.add_argument("--nodes", type=int, default=100_000, help="20 directed edges a node")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # what the table is about
-    warnings.filterwarnings("ignore", message="there is no CUDA device")
-    print(machine())
-    print(f"host work of a step for prefetching, 3 layers, besides the copies: {host_microseconds():.0f} us "
-          f"(target <= {MAX_HOST_MICROSECONDS:g} us)")  # fmt: skip
-    if device.type == "cuda":
-        up, down = pinned_copy_rate(device)
-        print(f"{device_name(device)}; copies of page-locked memory: {up:.1f} GB/s to it, {down:.1f} GB/s from it")
-    dtype = HISTORY_DTYPES[arguments.dtype]
-    problem = move(make_problem(arguments.nodes, 20 * arguments.nodes), device)
-    check(problem, dtype)
-    ways = trainings(problem, dtype)
-    seconds = interleave({name: training.run_epoch for name, training in ways.items()}, arguments.rounds, warmup=1)
-    title = (
-        f"\nepoch of a {NUM_LAYERS}-layer GCN, {HIDDEN} wide, {arguments.dtype} tables, {problem.graph.num_nodes} "
-        f"nodes, {problem.graph.num_edges} edges with self loops, {problem.batch_size} of {problem.parts.num_parts} "
-        "clusters a batch"
+def make_group(setting: Setting, dtype: str, made: dict[str, PrefetchTraining]) -> Group:
+    """A training with each tier, which is put into `made`; each has trained an epoch."""
+    warnings.filterwarnings("ignore", message="there is no CUDA device")  # what the table is about
+    problem, hidden = problem_of(setting), hidden_of(setting)
+    check(problem, HISTORY_DTYPES[dtype], hidden)
+    made |= trainings(problem, HISTORY_DTYPES[dtype], hidden)
+    for training in made.values():
+        training.run_epoch()
+        training.histories.reset_stats()
+    return Group(
+        ways={name: training.run_epoch for name, training in made.items()},
+        tolerance=0.0,
+        difference=lambda ours, theirs: max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
     )
-    print(report(title, seconds, "device"))
-    for name, training in ways.items():
-        print(f"  {name}: {transfers(training.histories)}")
-        training.histories.close()
-    print(f"  pinned, when asked / ahead: {ratio(seconds, 'pinned, when asked', 'pinned, ahead'):.2f}x")
+
+
+def cases(setting: Setting, made: dict[str, PrefetchTraining] | None = None) -> list[Case]:
+    """Dtypes of the tables."""
+    dtypes = setting.choose(("float32", "int8"), ("float32", "int8"), ("float32",))
+    return [
+        Case("prefetch", {"dtype": dtype}, functools.partial(make_group, setting, dtype, {} if made is None else made))
+        for dtype in dtypes
+    ]
+
+
+def measure(setting: Setting) -> list[Row]:
+    """Epochs by tier and what was transferred, the host's work of a step, and on a GPU the rate of plain copies."""
+    rows: list[Row] = []
+    made: dict[str, PrefetchTraining] = {}
+    for case in cases(setting, made):
+        found = measure_cases([case], setting)
+        for row in found:
+            row |= transfers(made[row["way"]].histories)
+            if setting.device.type == "cuda" and row["way"] == "pinned, ahead":
+                row |= {"target": f">= {100 * LEAST_HIDDEN:g} % hidden", "met": row["hidden"] >= LEAST_HIDDEN}
+        for training in made.values():
+            training.histories.close()
+        made.clear()
+        rows += found
+    problem = problem_of(setting)
+    for row in rows:
+        row |= {"nodes": problem.graph.num_nodes, "edges": problem.graph.num_edges, "partition": problem.partition}
+        row |= {"layers": NUM_LAYERS, "width": hidden_of(setting)}
+    microseconds = host_microseconds(setting.choose(100, 30, 3))
+    rows.append({
+        "op": "prefetch", "measure": "host work of a step", "way": OURS, "ms": microseconds / 1e3,
+        "target": f"<= {MAX_HOST_MICROSECONDS:g} us", "met": microseconds <= MAX_HOST_MICROSECONDS,
+    })  # fmt: skip
+    if setting.device.type == "cuda":
+        rates = pinned_copy_rate(setting.device)
+        for name, rate in zip(("to the device", "from the device"), rates, strict=True):
+            rows.append({"op": "prefetch", "measure": "copy of page-locked memory", "way": name, "gbps": rate})
+    return rows
+
+
+def test_epoch(benchmark: BenchmarkFixture, case: Case, way: str) -> None:
+    run_with(benchmark, case, way)
 
 
 if __name__ == "__main__":
-    main()
+    groups.main(__doc__, measure)

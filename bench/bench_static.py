@@ -9,25 +9,30 @@ table costs, in bytes and in seconds, is printed beside what it saves.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.bench_epoch import HIDDEN, NUM_LAYERS, Problem, Training, cut, make_problem
-from bench.side_by_side import interleave, machine, report
+from bench import groups
+from bench.bench_epoch import HIDDEN, NUM_LAYERS, Problem, Training, cut, hidden_of, missing_file, problem_of
+from bench.groups import Case, Group, Setting, measure_cases, relative_difference, run_with
+from bench.tables import Row
 from gas_triton import functional
 from gas_triton.datasets import load
 from gas_triton.memory import peak_bytes
-from gas_triton.text import mebibytes
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 PLAIN, STATIC = "every step", "once"
+WAYS = (STATIC, PLAIN)
+# graph -> width between the layers; PubMed's features are wider than its layers
+WIDTHS = {"generated": None, "PubMed": 64}
 
 
 class StaticTraining(Training):
@@ -60,7 +65,7 @@ class Measurement:
 
 def trainings(problem: Problem, hidden: int = HIDDEN) -> dict[str, Training]:
     """A training each way, from the same parameters."""
-    return {PLAIN: Training(problem, hidden=hidden), STATIC: StaticTraining(problem, hidden)}
+    return {STATIC: StaticTraining(problem, hidden), PLAIN: Training(problem, hidden=hidden)}
 
 
 def check(problem: Problem, hidden: int = HIDDEN, epochs: int = 2) -> None:
@@ -74,7 +79,7 @@ def check(problem: Problem, hidden: int = HIDDEN, epochs: int = 2) -> None:
         )
 
 
-def measure(problem: Problem, hidden: int = HIDDEN) -> Measurement:
+def measure_peaks(problem: Problem, hidden: int = HIDDEN) -> Measurement:
     """The peaks, after a step that makes Adam's state."""
     batch, full = {}, {}
     for way, training in trainings(problem, hidden).items():
@@ -104,7 +109,7 @@ def neighbours(problem: Problem, ways: dict[str, Training]) -> dict[str, Callabl
         assert rows is not None
         return rows
 
-    return {PLAIN: plain, STATIC: static}
+    return {STATIC: static, PLAIN: plain}
 
 
 def full_steps(ways: dict[str, Training]) -> dict[str, Callable[[], object]]:
@@ -112,54 +117,60 @@ def full_steps(ways: dict[str, Training]) -> dict[str, Callable[[], object]]:
     return {way: functools.partial(training.step, training.loader.full()) for way, training in ways.items()}
 
 
-# --- pytest-benchmark -----------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=2)
+def chosen_problem(setting: Setting, name: str) -> Problem:
+    """A graph whose nodes are all training nodes, so that every batch has some."""
+    if name == "generated":
+        problem = problem_of(setting)
+        return replace(problem, train_mask=torch.ones_like(problem.train_mask))
+    data = load(name)
+    return cut(replace(data, train_mask=torch.ones_like(data.train_mask)), num_parts=40, batch_size=4)
 
 
-def test_losses_agree() -> None:
-    check(make_problem())
+def make_group(setting: Setting, name: str, measure: str) -> Group:
+    """What is timed, both ways."""
+    problem, hidden = chosen_problem(setting, name), WIDTHS[name] or hidden_of(setting)
+    made = trainings(problem, hidden)
+    if measure == "plan and first neighbours":
+        return Group(neighbours(problem, made))
+    if measure == "full-batch step":
+        return Group(full_steps(made), tolerance=1e-3)
+    check(problem, hidden)
+    epochs: dict[str, Callable[[], object]] = {way: training.run_epoch for way, training in made.items()}
+    return Group(epochs, tolerance=1e-3, difference=lambda *pair: relative_difference(*map(torch.tensor, pair)))
 
 
-@pytest.mark.parametrize("name", [PLAIN, STATIC])
-def test_epoch(benchmark: BenchmarkFixture, name: str) -> None:
-    benchmark.group = f"epoch of a {NUM_LAYERS}-layer GCN, {HIDDEN} wide, first layer aggregated"
-    benchmark.pedantic(trainings(make_problem())[name].run_epoch, rounds=3, warmup_rounds=1)
+def cases(setting: Setting) -> list[Case]:
+    """Graphs that are here, and what is timed on them."""
+    names = [name for name in setting.choose(tuple(WIDTHS), ("generated",), ("generated",)) if not missing_file(name)]
+    return [
+        Case("static", {"graph": name, "measure": measure}, functools.partial(make_group, setting, name, measure))
+        for name in names
+        for measure in ("plan and first neighbours", "epoch", "full-batch step")
+    ]
 
 
-def main() -> None:
-    """Prints times and bytes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dataset", default="generated")
-    parser.add_argument("--root", help="folder of the dataset's file (default: $GAS_TRITON_DATA)")
-    parser.add_argument("--num-parts", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=HIDDEN)
-    arguments = parser.parse_args()
-    print(machine())
-    data = load(arguments.dataset, arguments.root)
-    # so that every batch has training nodes
-    data = replace(data, train_mask=torch.ones_like(data.train_mask))
-    problem = cut(data, arguments.num_parts, arguments.batch_size)
-    check(problem, arguments.hidden)
-    stats = problem.parts.stats(problem.batch_size)
-    ways = trainings(problem, arguments.hidden)
-    static = ways[STATIC]
-    assert isinstance(static, StaticTraining)
-    title = (
-        f"\n{NUM_LAYERS}-layer GCN, {arguments.hidden} wide, on {data.name}: {problem.graph.num_nodes} nodes, "
-        f"{problem.graph.num_edges} edges with self loops, {problem.x.size(1)} features, {problem.parts.num_parts} "
-        f"METIS clusters, {problem.batch_size} a batch, {stats.halo_ratio:.1f} halo rows an in-batch row"
-    )
-    print(f"{title}\ntable: {mebibytes(static.nbytes)}, made in {static.seconds:.3f} s")
-    layer = interleave(neighbours(problem, ways), rounds=10 * arguments.rounds)
-    print(report("plan of a batch and the neighbours of its first layer", layer, STATIC))
-    epochs: dict[str, Callable[[], object]] = {way: training.run_epoch for way, training in ways.items()}
-    print(report("epoch with histories", interleave(epochs, arguments.rounds, warmup=1), STATIC))
-    print(report("full-batch step", interleave(full_steps(ways), arguments.rounds, warmup=1), STATIC))
-    peaks = measure(problem, arguments.hidden)
-    for what, nbytes in (("a batch", peaks.batch), ("the whole graph", peaks.full)):
-        print(f"peak of a step on {what}: {mebibytes(nbytes[PLAIN])}, with the table {mebibytes(nbytes[STATIC])}")
+def measure(setting: Setting) -> list[Row]:
+    """Times both ways; the peak of a step is in the rows of an epoch and of a full-batch step."""
+    rows = measure_cases(cases(setting), setting)
+    peaks: dict[str, Measurement] = {}
+    for row in rows:
+        name, way = row["graph"], row["way"]
+        problem, hidden = chosen_problem(setting, name), WIDTHS[name] or hidden_of(setting)
+        if row["measure"] != "plan and first neighbours":
+            peaks[name] = peaks.get(name) or measure_peaks(problem, hidden)
+            nbytes = peaks[name].batch if row["measure"] == "epoch" else peaks[name].full
+            row["peak_mib"] = nbytes[way] / 2**20
+        row |= {"nodes": problem.graph.num_nodes, "features": problem.x.size(1), "layers": NUM_LAYERS, "width": hidden}
+        if way == STATIC:
+            made = StaticTraining(problem, hidden)
+            row |= {"table_mib": made.nbytes / 2**20, "table_ms": 1e3 * made.seconds}
+    return rows
+
+
+def test_static(benchmark: BenchmarkFixture, case: Case, way: str) -> None:
+    run_with(benchmark, case, way)
 
 
 if __name__ == "__main__":
-    main()
+    groups.main(__doc__, measure)

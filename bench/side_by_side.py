@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import importlib.util
@@ -11,94 +10,129 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import triton
 from torch import Tensor
 
 from gas_triton.doctor import device_name
-from gas_triton.memory import peak_bytes
-from gas_triton.text import mebibytes
 
 Functions = Mapping[str, Callable[[], object]]
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Target:
-    """A ratio that the project promises: `slower` takes at least `at_least` times as long as `faster`."""
+class Clock(Protocol):
+    """Times calls on a device."""
 
-    slower: str
-    faster: str
-    at_least: float
+    def time(self, function: Callable[[], object], calls: int) -> Callable[[], float]:
+        """Runs the function; what is returned gives the seconds that it took."""
+
+    def wait(self) -> None:
+        """Waits until everything that was run is done."""
 
 
-def interleave(functions: Functions, rounds: int = 20, warmup: int = 3, calls: int = 1) -> dict[str, list[float]]:
+def interleave(
+    functions: Functions,
+    rounds: int | None = None,
+    warmup: int = 3,
+    calls: int = 1,
+    *,
+    device: torch.device = CPU,
+    seconds: float = 2.0,
+) -> dict[str, list[float]]:
     """Seconds of every function in every round.
 
-    The order turns by one each round, so that no function always runs in the caches that the same other one left.
+    The order turns by one each round, so that no function always runs in the caches that the same other one left. On a
+    GPU, events are recorded around a call, after a write that fills the L2 cache with something else: nothing waits
+    for the GPU until all rounds are queued.
 
     Args:
         functions: what to time, by name.
-        rounds: rounds that count.
+        rounds: rounds that count; if None, as many as fit into `seconds`, from 3 to 100.
         warmup: rounds before them that do not.
         calls: calls timed as one, for functions that are short beside the clock.
+        device: where the functions compute.
+        seconds: that the rounds should take, where their number is not given.
     """
+    clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
     names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(-warmup, rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                function = functions[name]
-                start = time.perf_counter()
-                for _ in range(calls):
-                    function()
-                elapsed = (time.perf_counter() - start) / calls
-                if number >= 0:
-                    seconds[name].append(elapsed)
+        elapsed = seconds
+        for number in range(-warmup, 0):
+            start = time.perf_counter()
+            for name in turned(names, number):
+                clock.time(functions[name], calls)
+            clock.wait()
+            elapsed = time.perf_counter() - start
+            if rounds is None and elapsed > seconds:
+                # as long as all rounds that count together should take
+                break
+        if rounds is None:
+            # the last round of the warm-up says how long one takes
+            rounds = int(min(100, max(3, seconds / max(elapsed, 1e-6))))
+        for number in range(rounds):
+            for name in turned(names, number):
+                times[name].append(clock.time(functions[name], calls))
+        clock.wait()
     finally:
         if was_enabled:
             gc.enable()
-    return seconds
+    return {name: [read() / calls for read in reads] for name, reads in times.items()}
+
+
+def turned(names: list[str], number: int) -> list[str]:
+    """The names, beginning with another one in each round."""
+    turn = number % len(names)
+    return names[turn:] + names[:turn]
+
+
+class HostClock:
+    """Times calls that are done when they return."""
+
+    def time(self, function: Callable[[], object], calls: int) -> Callable[[], float]:
+        """Runs the function; what is returned gives the seconds that it took."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        elapsed = time.perf_counter() - start
+        return lambda: elapsed
+
+    def wait(self) -> None:
+        """Waits until everything that was run is done."""
+
+
+class CudaClock:
+    """Times calls on a GPU's current stream, each after a write that leaves nothing of its inputs in the L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        # twice the cache, and long enough that the host is ahead with its launches when the write ends
+        self.filler = torch.empty(max(2 * cache_bytes, 1 << 28), dtype=torch.int8, device=device)
+
+    def time(self, function: Callable[[], object], calls: int) -> Callable[[], float]:
+        """As of `HostClock`; the seconds can be read after `wait`."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.filler.zero_()
+        start.record(torch.cuda.current_stream(self.device))
+        for _ in range(calls):
+            function()
+        end.record(torch.cuda.current_stream(self.device))
+        return lambda: start.elapsed_time(end) / 1e3
+
+    def wait(self) -> None:
+        """As of `HostClock`."""
+        torch.cuda.synchronize(self.device)
 
 
 def ratio(seconds: Mapping[str, list[float]], slower: str, faster: str) -> float:
     """How many times longer `slower` takes: the median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
-
-
-def report(title: str, seconds: Mapping[str, list[float]], base: str, targets: list[Target] | None = None) -> str:
-    """A table of medians and ratios to `base`, and whether the targets are met."""
-    width = max(map(len, seconds))
-    lines = [title, f"  {'':{width}}  {'median':>10}  {'fastest':>10}  over {base}"]
-    for name, values in seconds.items():
-        median, fastest = _duration(statistics.median(values)), _duration(min(values))
-        lines.append(f"  {name:{width}}  {median:>10}  {fastest:>10}  {ratio(seconds, name, base):.2f}x")
-    for target in targets or []:
-        is_measured = target.slower in seconds
-        lines.append(_verdict(target, ratio(seconds, target.slower, target.faster) if is_measured else None))
-    return "\n".join(lines)
-
-
-def peaks(functions: Functions) -> dict[str, int]:
-    """Most bytes that a call of each function allocates at once, after a call that does not count."""
-    found = {}
-    for name, function in functions.items():
-        function()
-        with peak_bytes("cpu") as peak:
-            function()
-        found[name] = peak.nbytes
-    return found
-
-
-def report_peaks(nbytes: Mapping[str, int], target: Target) -> str:
-    """A line of bytes, and whether the target for their ratio is met."""
-    line = "  peak memory: " + ", ".join(f"{name} {mebibytes(size)}" for name, size in nbytes.items())
-    is_measured = target.slower in nbytes
-    return f"{line}\n{_verdict(target, nbytes[target.slower] / nbytes[target.faster] if is_measured else None)}"
 
 
 def passes(
@@ -125,36 +159,16 @@ def missing_pyg() -> str | None:
     return None if found else "needs torch_geometric: pip install 'gas-triton[pyg]'"
 
 
-def parse_rounds(description: str | None, default: int) -> int:
-    """How many rounds the command line asks for, with the module's text as its help."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=default)
-    return parser.parse_args().rounds
-
-
-def machine() -> str:
+def machine(device: torch.device = CPU) -> str:
     """The machine and the versions that a number belongs to; says so if something else keeps the machine busy."""
     threads = torch.get_num_threads()
     line = (
         f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
+    if device.type == "cuda":
+        line = f"{device_name(device)}, CUDA {torch.version.cuda}, triton {triton.__version__}, {line}"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
         line += f"\nwarning: the machine was busy (load {load:.1f}), so the times below are noisy"
     return line
-
-
-def _verdict(target: Target, reached: float | None) -> str:
-    line = f"  target {target.slower} / {target.faster} >= {target.at_least:g}x"
-    if reached is None:
-        return f"{line}: not measured"
-    return f"{line}: {reached:.2f}x, {'met' if reached >= target.at_least else 'MISSED'}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 1.0:
-        return f"{seconds:.2f} s"
-    if seconds >= 1e-3:
-        return f"{seconds * 1e3:.2f} ms"
-    return f"{seconds * 1e6:.1f} us"

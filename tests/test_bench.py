@@ -11,9 +11,6 @@ import torch
 
 from bench import (
     accuracy,
-    bench_aggregate,
-    bench_attention,
-    bench_dynamic_attention,
     bench_epoch,
     bench_file_tier,
     bench_memory,
@@ -22,8 +19,8 @@ from bench import (
     bench_prefetch,
     pygas,
     side_by_side,
+    tables,
 )
-from bench.side_by_side import Target
 from gas_triton import presets
 from gas_triton.datasets import Dataset, generate
 
@@ -39,7 +36,7 @@ def problem() -> bench_epoch.Problem:
 def _no_cached_problem() -> Iterator[None]:
     # the benchmarks keep their inputs; a tiny one must not be found by a benchmark run after this
     yield
-    for module in (bench_aggregate, bench_attention, bench_dynamic_attention, bench_epoch, bench_overhead):
+    for module in (bench_epoch, bench_overhead):
         module.make_problem.cache_clear()
 
 
@@ -55,82 +52,17 @@ def test_interleave_runs_every_function_in_every_round_in_turning_order() -> Non
     assert rounds == ["ccaabb", "aabbcc", "bbccaa", "ccaabb"]
 
 
-def test_report_gives_ratios_and_verdicts() -> None:
+def test_a_ratio_is_taken_within_each_round() -> None:
     seconds = {"ours": [1e-3, 1e-3, 2e-3], "theirs": [4e-3, 3e-3, 8e-3]}
-    # a ratio is taken within each round: 4, 3 and 4
+    # 4, 3 and 4
     assert side_by_side.ratio(seconds, "theirs", "ours") == pytest.approx(4.0)
-    targets = [Target("theirs", "ours", 2.0), Target("theirs", "ours", 5.0), Target("absent", "ours", 2.0)]
-    lines = side_by_side.report("title", seconds, "ours", targets).splitlines()
-    assert lines[0] == "title"
-    assert lines[3].split() == ["theirs", "4.00", "ms", "3.00", "ms", "4.00x"]
-    assert [line.split(": ")[1] for line in lines[4:]] == ["4.00x, met", "4.00x, MISSED", "not measured"]
-    memory = side_by_side.report_peaks({"ours": 2**20, "theirs": 3 * 2**20}, Target("theirs", "ours", 4.0))
-    assert memory.splitlines()[1].split(": ")[1] == "3.00x, MISSED"
 
 
-# --- aggregate, overhead ---------------------------------------------------------------------------------------------
-
-
-def test_aggregate_ways_agree() -> None:
-    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
-    assert problem.batch.num_halo == 50
-    assert problem.batch.outer.num_edges == 60 * 8 // 4
-    bench_aggregate.check(problem)
-
-
-@pytest.mark.interop
-def test_aggregate_agrees_with_torch_sparse(torch_sparse: ModuleType) -> None:
-    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
-    assert bench_aggregate.PYGAS in bench_aggregate.cases(problem, "forward")
-    bench_aggregate.check(problem)
-
-
-def test_wrong_answer_is_noticed() -> None:
-    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
-    with pytest.raises(AssertionError, match="answers differ"):
-        bench_aggregate.check(dataclasses.replace(problem, weight=problem.weight * 1.001))
-
-
-def test_without_torch_sparse_the_rest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pygas.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'gas-triton[sparse]'" in (pygas.missing() or "")
-    problem = bench_aggregate.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50)
-    assert bench_aggregate.PYGAS not in bench_aggregate.cases(problem, "forward")
-    bench_aggregate.check(problem)
-
-
-@pytest.mark.interop
-@pytest.mark.parametrize("name", bench_dynamic_attention.LAYERS)
-def test_layers_of_dynamic_attention_give_equal_answers(name: str, torch_geometric: ModuleType) -> None:
-    problem = bench_dynamic_attention.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50, heads=3)
-    bench_dynamic_attention.check(problem, name)
-    layers = bench_dynamic_attention.cases(problem, name, "forward")
-    assert len(layers) == 2
-    for ours, theirs in zip(*(layer() for layer in layers.values()), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.interop
-def test_attention_agrees_with_torch_geometric(torch_geometric: ModuleType) -> None:
-    problem = bench_attention.make_problem(num_rows=60, degree=8, num_features=12, num_halo=50, heads=2, width=3)
-    bench_attention.check(problem)
-    peaks = side_by_side.peaks(bench_attention.cases(problem, "forward + backward"))
-    assert set(peaks) == {bench_attention.OURS, bench_attention.PYG}
-    assert min(peaks.values()) >= problem.x.nbytes
-    source, target = problem.edge_index
-    with pytest.raises(AssertionError, match="answers differ"):
-        bench_attention.check(dataclasses.replace(problem, edge_index=torch.stack([source.roll(1), target])))
+# --- overhead --------------------------------------------------------------------------------------------------------
 
 
 def test_overhead_calls_the_same_kernels() -> None:
     bench_overhead.check(bench_overhead.make_problem())
-
-
-def test_main_prints_verdicts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["bench_overhead", "--rounds", "1"])
-    monkeypatch.setattr(bench_overhead, "CALLS_A_ROUND", 2)
-    bench_overhead.main()
-    assert capsys.readouterr().out.count("target overhead <= 40 us") == len(bench_overhead.CALLS)
 
 
 # --- plan, epoch -----------------------------------------------------------------------------------------------------
@@ -142,18 +74,14 @@ def test_plan_is_complete(problem: bench_epoch.Problem) -> None:
     assert float(planning.step()) > 0.0
 
 
-def test_plans_grow_with_the_multiple(problem: bench_epoch.Problem) -> None:
-    plans = bench_plan.planners(problem, multiples=(1, 2, 4))
-    assert [len(plan().clusters) for plan in plans.values()] == [2, 4, 8]
-
-
-def test_exponent() -> None:
-    assert bench_plan.exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+def test_plans_have_the_clusters_asked_for(problem: bench_epoch.Problem) -> None:
+    plans = (bench_plan.planners(problem, count)[tables.OURS] for count in (2, 4, 8))
+    assert [len(plan().clusters) for plan in plans] == [2, 4, 8]
 
 
 def test_epochs_without_torch_sparse(problem: bench_epoch.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pygas, "missing", lambda: "absent")
-    assert list(bench_epoch.trainings(problem)) == [bench_epoch.OURS]
+    assert list(bench_epoch.trainings(problem)) == [tables.OURS]
 
 
 def test_epochs_take_the_same_groups(problem: bench_epoch.Problem) -> None:
@@ -225,7 +153,7 @@ def test_an_allocation_for_every_node_shows(small: bench_epoch.Problem, monkeypa
 @pytest.mark.filterwarnings("ignore:there is no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_every_tier_trains_alike(problem: bench_epoch.Problem, dtype: torch.dtype) -> None:
-    bench_prefetch.check(problem, dtype, hidden=HIDDEN)
+    bench_prefetch.check(problem, dtype, HIDDEN)
 
 
 @pytest.mark.filterwarnings("ignore:there is no CUDA device")
@@ -237,7 +165,7 @@ def test_another_loss_of_a_tier_is_noticed(problem: bench_epoch.Problem, monkeyp
 
     monkeypatch.setattr(bench_prefetch, "attach_histories", attach_coarsely)
     with pytest.raises(AssertionError, match="losses of file, ahead differ"):
-        bench_prefetch.check(problem, hidden=HIDDEN)
+        bench_prefetch.check(problem, torch.float32, HIDDEN)
 
 
 @pytest.mark.filterwarnings("ignore:there is no CUDA device")

@@ -622,7 +622,7 @@ def test_the_benchmark_compares_equal_answers_and_needs_less_memory() -> None:
     problem = bench_epoch.make_problem(600, 6000, num_parts=8, batch_size=2, cache=None)
     bench_epoch.make_problem.cache_clear()
     bench_static.check(problem, hidden=8)
-    peaks = bench_static.measure(problem, hidden=8)
+    peaks = bench_static.measure_peaks(problem, hidden=8)
     plain, static = bench_static.PLAIN, bench_static.STATIC
     # the table is read in place of rows that the step would make
     assert peaks.full[static] <= peaks.full[plain] - 600 * 64 * 4
