@@ -263,7 +263,8 @@ def test_a_worker_ends_with_its_runner(suite, tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL)
-    while not suite.path.exists():
+    # the file is there, and empty, before anything runs
+    while not (suite.path.exists() and records.read(suite.path)):
         assert process.poll() is None
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
