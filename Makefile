@@ -21,7 +21,7 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    apply what ruff can fix'
 	@echo 'make bench     run the microbenchmarks                (PYTEST_ARGS="-k gcn" to choose some)'
-	@echo 'make interop   run the tests against torch_geometric and torch_sparse'
+	@echo 'make interop   run the tests against torch_geometric and torch_sparse, and those of figures'
 	@echo 'make setup     only set up .venv'
 	@echo 'make clean     remove build output and caches; make distclean removes .venv too'
 	@echo
@@ -53,9 +53,9 @@ help:
 # torch_scatter and torch_sparse import torch in their setup.py, so where they are built from source it has to be
 # without isolation, with the tools for it (and for this package) installed beside.
 .venv/interop.stamp: .venv/test.stamp
-	@echo 'Installing torch_geometric and torch_sparse (half an hour where they have to be built) ...'
+	@echo 'Installing torch_geometric, torch_sparse and matplotlib (half an hour where they have to be built) ...'
 	@$(PIP_INSTALL) 'setuptools>=77' wheel ninja
-	@$(PIP_INSTALL) --no-build-isolation $(FIND_LINKS) --editable '.[test,pyg,sparse]'
+	@$(PIP_INSTALL) --no-build-isolation $(FIND_LINKS) --editable '.[test,pyg,sparse,plot]'
 	@touch $@
 
 setup: .venv/base.stamp

@@ -5,7 +5,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -295,8 +297,9 @@ def test_a_title_says_what_was_found(slope: float | None, title: str) -> None:
     assert plots.finding("Step time", "N", slope) == title
 
 
-def test_figure_has_the_slopes_at_its_lines(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+@pytest.mark.interop
+def test_figure_has_the_slopes_at_its_lines(tmp_path: Path, import_optional: Callable[[str, str], ModuleType]) -> None:
+    import_optional("matplotlib", "plot")
     costs = {1000: 4.0, 10_000: 4.0, 100_000: 4.0}
     rows = rows_of(costs, peak_mib=2.0)
     for row in rows:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -271,9 +272,16 @@ class Missing:
         raise ImportError(f"No module named {name!r}")
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_a_figure_is_drawn(suffix: str, start: bytes, tmp_path: Path, rows: dict[str, Row]) -> None:
-    pytest.importorskip("matplotlib")
+def test_a_figure_is_drawn(
+    suffix: str,
+    start: bytes,
+    tmp_path: Path,
+    rows: dict[str, Row],
+    import_optional: Callable[[str, str], ModuleType],
+) -> None:
+    import_optional("matplotlib", "plot")
     file = tmp_path / f"memory.{suffix}"
     deeper = [replace(row, layers=3, step_bytes=2 * (row.step_bytes or 0)) for row in rows.values()]
     memory_plot.plot_memory([*rows.values(), *deeper], file, "generated")
