@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import groups, pygas
-from bench.groups import Case, Group, Setting, check, peak_of, run_with
+from bench.groups import Case, Group, Setting, check, measure_cases, peak_of, run_with
 from bench.planted import IGNORED, make_problem, size_of
 from bench.roofline import Traffic, aggregate_traffic, speed_of_light
 from bench.side_by_side import interleave, ratio
@@ -205,24 +205,12 @@ def makers(setting: Setting, name: str, tier: str) -> tuple[Callable[..., Traini
 
 def measure(setting: Setting) -> list[Row]:
     """A row for every model, tier and way: ms of a step, host_ms until it is queued, synchronises, hidden, light."""
-    rows: list[Row] = []
-    for number, case in enumerate(found := cases(setting)):
-        if setting.is_over:
-            setting.progress.cut = f"cut short after {number} of {len(found)} cases"
-            break
-        try:
-            check(case, case.build())
-            new = measure_training(case, setting)
-        except Exception as error:
-            setting.progress.fail(case, error)
-        else:
-            rows += new
-            setting.progress.add(new)
-    return rows
+    return measure_cases(cases(setting), setting, measure_training)
 
 
 def measure_training(case: Case, setting: Setting) -> list[Row]:
-    """The rows of a case, and in that of the GCN of full-batch training."""
+    """The rows of a case, whose losses agree, and in that of the GCN of full-batch training."""
+    check(case, case.build())
     is_gpu, is_gcn = setting.device.type == "cuda", case.keys["model"] == "GCN"
     ours, theirs = makers(setting, name=case.keys["model"], tier=case.keys["histories"])
     loader, made, _ = prepare(setting, case.keys["model"])

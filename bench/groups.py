@@ -127,11 +127,19 @@ class Case:
         return ", ".join([self.op, *(v if isinstance(v, str) else f"{k} {v:g}" for k, v in self.keys.items())])
 
 
-def measure_cases(cases: Iterable[Case], setting: Setting) -> list[Row]:
+def measure_cases(
+    cases: Iterable[Case], setting: Setting, measure_case: Callable[[Case, Setting], list[Row]] | None = None
+) -> list[Row]:
     """The rows of all cases, one after another; each group is dropped before the next is made.
 
     No case begins after the setting's deadline; a case that fails is left to `setting.progress`.
+
+    Args:
+        cases: what to measure.
+        setting: where and how long.
+        measure_case: gives the rows of a case; `measure` if None.
     """
+    measure_case = measure_case or measure
     cases = list(cases)
     rows: list[Row] = []
     for number, case in enumerate(cases):
@@ -139,7 +147,7 @@ def measure_cases(cases: Iterable[Case], setting: Setting) -> list[Row]:
             setting.progress.cut = f"cut short after {number} of {len(cases)} cases"
             break
         try:
-            found = measure(case, setting)
+            found = measure_case(case, setting)
         except Exception as error:
             setting.progress.fail(case, error)
         else:

@@ -176,8 +176,9 @@ def test_pyg_layers_compute_what_ours_do(name: str, torch_geometric: ModuleType)
 
 
 @pytest.mark.interop
-def test_ways_of_pyg(dataset: Dataset, rows: dict[str, Row], torch_geometric: ModuleType) -> None:
-    pytest.importorskip("torch_sparse")
+def test_ways_of_pyg(
+    dataset: Dataset, rows: dict[str, Row], torch_geometric: ModuleType, torch_sparse: ModuleType
+) -> None:
     full, sampling = compare_memory(dataset, ("full-pyg", "sampling"), batch_sizes=(2,), neighbors=3, **SMALL)
     # a message for every edge, and its product with the weight, as wide as the layer's output
     assert (full.step_bytes or 0) > 2 * 4 * 16 * full.edges
