@@ -5,8 +5,9 @@ from gas_triton.autoscale import autoscale
 from gas_triton.batch import Batch
 from gas_triton.checkpoint import load_checkpoint, save_checkpoint
 from gas_triton.compensation import Compensated
+from gas_triton.diagnostics import diagnose
 from gas_triton.errors import MissingPackageError, NonFiniteError
-from gas_triton.functional import Features
+from gas_triton.functional import Features, SparseRows
 from gas_triton.graph import Graph
 from gas_triton.history import Histories, HistoryStore, attach_histories
 from gas_triton.inference import inference
@@ -26,10 +27,12 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteError",
     "Partition",
+    "SparseRows",
     "attach_histories",
     "autoscale",
     "contiguous_partition",
     "datasets",
+    "diagnose",
     "functional",
     "inference",
     "load_checkpoint",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gas_triton.csr import Csr, Transposed, find_hubs, sample_edges, select_edges, transpose_csr
-from gas_triton.functional import Features
+from gas_triton.functional import Features, SparseRows
 from gas_triton.functional.dropout import check_probability
 from gas_triton.graph import Graph
 from gas_triton.kernels.aggregate import HUB_EDGES
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from gas_triton.static import StaticTable
 
 Ranges = Sequence[tuple[int, int]]
+# The rows of sparse features among what is made once, with their table.
+_SPARSE_ROWS = "sparse rows"
 # What is made once, and does not depend on the edges.
-_OF_ROWS = ("all_ids", "host_halo_ids")
+_OF_ROWS = ("all_ids", "host_halo_ids", _SPARSE_ROWS)
 
 # The name of the in-batch rows of x among a batch's slices.
 _OWN_ROWS = "x of in-batch rows"
@@ -113,13 +115,13 @@ class Batch:
         self.has_all_edges = True
         self._static: Mapping[tuple[str, bool], StaticTable] = {}
         self._node_tensors: dict[str, Tensor] = {}
-        self._x_table: Tensor | None = None
-        self._sliced: dict[str, Tensor] = {}
+        self._x_table: Tensor | SparseRows | None = None
+        self._sliced: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
 
     def with_tensors(
         self,
-        x: Tensor | None,
+        x: Tensor | SparseRows | None,
         node_tensors: dict[str, Tensor],
         static: Mapping[tuple[str, bool], StaticTable] | None = None,
     ) -> Batch:
@@ -185,7 +187,7 @@ class Batch:
             self._sliced[name] = self._gather(tensor, ids)
         return self._sliced[name]
 
-    def _slice_spans(self, name: str, table: Tensor) -> Tensor:
+    def _slice_spans(self, name: str, table: Any) -> Tensor:
         """In-batch rows of a table, which lie together: a view of it where the batch is one span on its device."""
         if name in self._sliced:
             return self._sliced[name]
@@ -209,11 +211,24 @@ class Batch:
         """Features of the in-batch rows, then of the halo rows, [B + H, F]."""
         if self._x_table is None:
             raise AttributeError("x")
+        if isinstance(self._x_table, SparseRows):
+            return self._sparse_rows(self._x_table)
         return self._slice("x", self._x_table, self.all_ids)
+
+    def _sparse_rows(self, table: SparseRows) -> Any:
+        """Rows of a sparse table, kept with the plan: their transpose, which a gradient needs, is made once."""
+        if "x" in self._sliced:
+            return self._sliced["x"]
+        made = self._made.get(_SPARSE_ROWS)
+        if made is None or made[0] is not table:
+            made = self._made[_SPARSE_ROWS] = table, self._gather(table, self.all_ids)
+        return made[1]
 
     @property
     def features(self) -> Features:
         """A handle on the full feature table, read in place by the layers, and on its aggregated rows.
+
+        Sparse features are given as `x`: no kernel reads them in place.
 
         Raises:
             ValueError: the table is on another device than the batch, and the loader has no aggregated features; or it
@@ -221,6 +236,9 @@ class Batch:
         """
         if self._x_table is None:
             raise AttributeError("features")
+        if isinstance(self._x_table, SparseRows):
+            rows: Any = self.x
+            return rows
         if not self._static and self._x_table.device != self.device:
             raise ValueError(
                 f"batch.features reads x in place, but x is on {self._x_table.device} and the batch on {self.device}: "
@@ -238,6 +256,8 @@ class Batch:
             raise AttributeError("own_rows")
         if "x" in self._sliced:
             return self._sliced["x"][: self.num_nodes]
+        if isinstance(self._x_table, SparseRows):
+            return self.x[: self.num_nodes]
         return self._slice_spans(_OWN_ROWS, self._x_table)
 
     def static_rows(self, reduce: str, weighted: bool) -> Tensor | None:
@@ -278,7 +298,7 @@ class Batch:
             self._edge_rows = self._edge_ids, self._gather(self._edge_attr, self.edge_ids)
         return self._edge_rows[1]
 
-    def _gather(self, table: Tensor, ids: Tensor) -> Tensor:
+    def _gather(self, table: Any, ids: Tensor) -> Any:
         rows = table.index_select(0, ids.to(table.device))
         if self.device.type == "cuda" and rows.device.type == "cpu":
             # from pageable memory the copy would wait for the device
@@ -381,7 +401,8 @@ class Batch:
     def record_stream(self, stream: torch.Stream) -> None:
         """Says that a stream reads the batch, so that its memory is not given away while it does."""
         plan = [self.node_ids, self.halo_ids, *self.inner, *self.outer, self.outer_slot, *self.hubs, *self._places]
-        for tensor in (*plan, self.edge_weight, self._made.get("all_ids"), *self._sliced.values()):
+        sparse = self._made.get(_SPARSE_ROWS, (None, None))[1]
+        for tensor in (*plan, self.edge_weight, self._made.get("all_ids"), sparse, *self._sliced.values()):
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(stream)
         if self._edge_rows is not None and self._edge_rows[1].is_cuda:
@@ -401,10 +422,10 @@ class Batch:
                 self._read(name)
         return self
 
-    def _tables(self) -> dict[str, Tensor]:
+    def _tables(self) -> dict[str, Any]:
         """The tables that a step reads, by the name of their slice."""
         static = self._static.values()
-        tables = self._node_tensors | {_static_name(table): table.rows for table in static}
+        tables: dict[str, Any] = self._node_tensors | {_static_name(table): table.rows for table in static}
         if self._x_table is None:
             return tables
         if not static or "x" in self._sliced:

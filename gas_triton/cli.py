@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gas_triton.text import mebibytes, table
+from gas_triton.text import mebibytes
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +60,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from gas_triton import presets
+    from gas_triton.cli_diagnose import Diagnoses
     from gas_triton.training import Result, TrainConfig, check_output, find_device, train
 
     if args.list_presets:
@@ -81,6 +81,7 @@ def _train(args: argparse.Namespace) -> int:
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = None if args.no_cache else args.cache or cache_folder()
     result = Result(interrupted=True)
+    diagnoses = Diagnoses(args, lambda line: _say(args, line))
     try:
         dataset = _load(args)
         _say(args, repr(dataset))
@@ -88,10 +89,11 @@ def _train(args: argparse.Namespace) -> int:
             result = train(
                 dataset, config, on_epoch, device=device, cache=cache, checkpoint=args.checkpoint,
                 checkpoint_every=args.checkpoint_every, resume=args.resume, profile=args.profile,
-                say=lambda line: _say(args, line),
+                say=lambda line: _say(args, line), **diagnoses.options(),
             )  # fmt: skip
     except KeyboardInterrupt:
         pass  # before the first epoch: the result says that nothing was reached
+    diagnoses.finish(f"{args.preset or args.dataset}, {config.layers} layers")
     if args.json is not None:
         args.json.write_text(json.dumps(_report(args, config, result, device), indent=2) + "\n")
     if args.profile is not None:
@@ -175,32 +177,6 @@ def _transfers(stats: Mapping[str, Any] | None) -> str:
         f"{stats['hidden_fraction']:.1%} of it hidden and {stats['exposed_seconds']:.3f} s waited for, "
         f"{stats['misses']} misses; {stats['pushes']} pushes of {mebibytes(stats['push_bytes'])}"
     )
-
-
-# --- partition --------------------------------------------------------------------------------------------------------
-
-
-def _partition(args: argparse.Namespace) -> int:
-    from gas_triton.graph import Graph
-    from gas_triton.partition import metis, random_partition
-
-    dataset = _load(args)
-    print(dataset)
-    graph = Graph.from_edge_index(dataset.edge_index, num_nodes=dataset.num_nodes)
-    header = ["parts", "by", "edge cut", "halo rows", "halo ratio", "inter/intra", "balance", "seconds"]
-    rows = []
-    for num_parts in args.num_parts:
-        for name, split in (("METIS", metis), ("random", random_partition)):
-            start = time.perf_counter()
-            parts = split(graph, num_parts, args.seed)
-            seconds = time.perf_counter() - start
-            stats = parts.stats(args.batch_size, args.seed)
-            shares = [stats.halo_ratio, stats.inter_intra_ratio, stats.balance]
-            numbers = [f"{stats.edge_cut:.1%}", f"{stats.halo_rows:.0f}", *(f"{share:.2f}" for share in shares)]
-            rows.append([str(num_parts), name, *numbers, f"{seconds:.2f}"])
-    print(table(header, rows))
-    print(f"Clusters of a batch: {args.batch_size}. Halo ratio: rows read from histories over rows computed.")
-    return 0
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
@@ -350,6 +326,13 @@ def _parser() -> argparse.ArgumentParser:
     ]
     for flag, field, value, text in switches:
         train.add_argument(flag, dest=field, action="store_const", const=value, default=argparse.SUPPRESS, help=text)
+    # presets turn these on
+    for flag, text in [
+        ("--sparse-features", "read only what is not zero of the features (bags of words)"),
+        ("--full-evaluation", "evaluate the whole graph at once, not layer by layer"),
+        ("--fill-histories", "let evaluations fill the histories, as PyGAS does"),
+    ]:
+        train.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     options: list[tuple[str, Callable[[str], Any], Any, str]] = [
         ("--device", str, None, "cpu, cuda or cuda:N (default: a GPU if there is one)"),
         ("--cache", Path, None, "folder that keeps METIS partitions (default: ~/.cache/gas_triton)"),
@@ -363,17 +346,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     train.add_argument("--no-cache", action="store_true", help="compute the partition anew, and do not keep it")
     train.add_argument("--quiet", action="store_true", help="print the result only")
+    from gas_triton.cli_diagnose import add_arguments
 
-    partition = commands.add_parser(
-        "partition", parents=[_data_options(required=True), common], help="compare METIS with a random partition"
-    )
-    partition.set_defaults(run=_partition)
-    partition.add_argument("--num-parts", type=int, nargs="+", default=[40], help="clusters (default: 40)")
-    partition.add_argument("--batch-size", type=int, default=1, help="clusters of a batch (default: %(default)s)")
+    add_arguments(train, _path)
 
-    from gas_triton.cli_memory import add_commands
+    from gas_triton import cli_memory, cli_partition
 
-    add_commands(commands, _data_options(required=False), common, _load, _path)
+    cli_partition.add_command(commands, _data_options(required=True), common, _load, _path)
+    cli_memory.add_commands(commands, _data_options(required=False), common, _load, _path)
 
     doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)

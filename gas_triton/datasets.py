@@ -128,7 +128,7 @@ class Dataset:
 def row_normalize(x: Tensor) -> Tensor:
     r"""Scale each row of features to a sum of at most one.
 
-    .. math:: x'_{if} = (x_{if} - m) / \max(1, \textstyle\sum_k (x_{ik} - m)), \quad m = \min_{kf} x_{kf}
+        x'[i, f] = (x[i, f] - m) / max(1, sum_k (x[i, k] - m)),    m the least value of x
 
     For bags of words m = 0: every row of ones is divided by its sum, a row of zeros stays zero.
 
@@ -147,7 +147,7 @@ def row_normalize(x: Tensor) -> Tensor:
 
 
 def known_names(root: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
-    """List the names that :func:`load` accepts.
+    """List the names that `load` accepts.
 
     Args:
         root: folder of ``.npz`` files; the environment variable ``GAS_TRITON_DATA`` if not given.
@@ -179,18 +179,18 @@ def load(
     trains on the training graphs alone.)
 
     Args:
-        name: one of :func:`known_names`; case, ``-`` and ``_`` do not matter.
+        name: one of `known_names()`; case, ``-`` and ``_`` do not matter.
         root: folder of the files and of the downloads; if not given, the environment variable
             ``GAS_TRITON_DATA``, else ``~/.cache/gas_triton``.
         split: which published split. Coauthor and Amazon have none: the number seeds a draw of 20 training and
             30 validation nodes a class, the rest being test nodes (Shchur et al. 2018). The masks of a file
             come first.
-        normalize_features: True applies :func:`row_normalize`, False leaves the features as published, None
+        normalize_features: True applies `row_normalize`, False leaves the features as published, None
             does what the experiments of the GNNAutoScale paper do: rows of Cora, CiteSeer and PubMed are
             normalised, features of Reddit2 and Yelp standardised (mean 0, deviation 1), all others left.
 
     Returns:
-        The :class:`Dataset`, on the CPU.
+        The `Dataset`, on the CPU.
 
     Raises:
         ValueError: the name is unknown, the split does not exist, or a file does not hold the keys above.

@@ -33,15 +33,15 @@ def generate(
 ) -> Dataset:
     r"""Draw a graph from a degree-corrected block model with planted classes.
 
-    Nodes form communities, communities form classes. A node has a propensity :math:`\theta` from a power law;
-    an edge picks its source with probability :math:`\theta_i / \sum_k \theta_k` and its target with
+    Nodes form communities, communities form classes. A node has a propensity `theta` from a power law; an edge picks
+    its source i with probability `theta_i / sum_k theta_k` and its target with
 
-    .. math:: P(j \mid i) = \textstyle\sum_S p_S \, [j \in S(i)] \; \theta_j / \sum_{k \in S(i)} \theta_k
+        P(j | i) = sum_S p_S theta_j / (sum_{k in S(i)} theta_k)    over those S(i) that j is in
 
     where S(i) is the community of i (``p_community``), its class (``p_class``) or all nodes (what is left).
-    Self loops and repeated edges are drawn again. Features are :math:`x_i = \mu_{b(i)} + \epsilon_i`, with a
-    mean for each community in an eight-dimensional subspace and :math:`\epsilon \sim N(0, 1)`: one row says
-    little about its class, an average over neighbours much. Node ids are shuffled; the split is 10 / 10 / 80 %.
+    Self loops and repeated edges are drawn again. Features are `x_i = mean of the community of i + N(0, 1)`, with
+    the means in an eight-dimensional subspace: one row says little about its class, an average over neighbours much.
+    Node ids are shuffled; the split is 10 / 10 / 80 %.
 
     Args:
         num_nodes: N.
@@ -59,7 +59,7 @@ def generate(
         seed: of all draws; the same arguments give the same dataset.
 
     Returns:
-        A symmetric, coalesced, loop-free :class:`Dataset` with exactly ``num_edges`` edges, sorted by source.
+        A symmetric, coalesced, loop-free `Dataset` with exactly ``num_edges`` edges, sorted by source.
 
     Raises:
         ValueError: an argument is outside its range, or no simple graph has so many edges.
@@ -133,7 +133,7 @@ def _draw_pairs(
     propensity: np.ndarray,
     ranges: tuple[tuple[float, np.ndarray, np.ndarray], ...],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw ``count`` different pairs low < high of the block model (see :func:`generate`)."""
+    """Draw ``count`` different pairs low < high of the block model (see `generate`)."""
     n = len(propensity)
     cumulative = np.concatenate([[0.0], np.cumsum(propensity)])
     found = np.empty(0, np.int64)

@@ -28,6 +28,10 @@ class Graph:
     Attributes:
         rowptr: int32 or int64 [N + 1] (int32 wherever N and E allow).
         col: same dtype, [E].
+        num_nodes: N.
+        num_edges: E, directed edges.
+        device: where its tensors are.
+        nbytes: bytes of its tensors.
         weight: floating [E], or None for an unweighted graph.
         edge_attr: edge features [E, ...] of any dtype in the order of `col`, or None.
         normalization: "gcn" after `gcn_norm`, else None.

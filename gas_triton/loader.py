@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gas_triton.batch import Batch
+from gas_triton.functional import SparseRows
 from gas_triton.graph import Graph
 from gas_triton.partition import Partition
 from gas_triton.planner import Planner
@@ -30,7 +31,8 @@ class ClusterLoader:
         batch_size: clusters of a batch.
         shuffle: draw new groups each epoch; otherwise consecutive clusters make a batch.
         seed: seed of the order.
-        x: features [N, F], on any device; batches give them as `x` ([B + H, F]) and `features`.
+        x: features [N, F], on any device; batches give them as `x` ([B + H, F]) and `features`. Sparse ones
+            (`SparseRows`) are for models that begin with a linear layer, GCN and GAT.
         **node_tensors: tensors [N, ...] (`y`, `train_mask`, ...); batches give the in-batch rows under the same name.
 
     Raises:
@@ -48,7 +50,7 @@ class ClusterLoader:
         batch_size: int = 1,
         shuffle: bool = True,
         seed: int = 0,
-        x: Tensor | None = None,
+        x: Tensor | SparseRows | None = None,
         **node_tensors: Tensor | None,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -189,6 +191,8 @@ class ClusterLoader:
         # the histories, whose memories this uses, import the loader
         from gas_triton.static import make_table
 
+        if isinstance(self.x, SparseRows):
+            raise TypeError("x must be dense to be aggregated once, got SparseRows: x.to_dense()")
         groups = range(0, self.parts.num_parts, self.batch_size)
         ends = [min(first + self.batch_size, self.parts.num_parts) for first in groups]
         ranges = [
@@ -214,8 +218,8 @@ class ClusterLoader:
         )
 
 
-def _check_node_tensor(name: str, tensor: Tensor, num_nodes: int) -> None:
-    if not isinstance(tensor, Tensor):
+def _check_node_tensor(name: str, tensor: Any, num_nodes: int) -> None:
+    if not isinstance(tensor, (Tensor, SparseRows) if name == "x" else Tensor):
         raise TypeError(f"{name} must be a tensor with one row for each node, got {type(tensor).__name__}")
     if tensor.dim() == 0 or tensor.size(0) != num_nodes:
         raise ValueError(f"{name} must have {num_nodes} rows, one for each node, got shape {list(tensor.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,9 +66,11 @@ def peak_bytes(device: torch.device | str) -> Iterator[Peak]:
         profiler = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU],
             profile_memory=True,
-            acc_events=True,  # older torch warns without it, though there is one cycle only
         )
-        with without_log():
+        with without_log(), warnings.catch_warnings():
+            # Older torch warns that a second cycle would lose the events of the first: there is one only. With
+            # acc_events=True it would not, but then every event becomes a Python object when the block ends.
+            warnings.filterwarnings("ignore", "Profiler clears events")
             profiler.start()
         try:
             yield peak

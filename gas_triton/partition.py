@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import tempfile
@@ -10,12 +11,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gas_triton.errors import MissingPackageError
+from gas_triton.functional import SparseRows
 from gas_triton.graph import Graph
 
 
@@ -41,6 +45,25 @@ class PartitionStats:
 
 
 @dataclass(frozen=True, eq=False)
+class BatchCounts:
+    """What the batches of one epoch hold, one entry a batch, all int64 [num_batches].
+
+    Attributes:
+        nodes: in-batch rows, B.
+        halo: out-of-batch neighbours, each once, H.
+        inner: edges from in-batch rows, loops among them.
+        outer: edges from halo rows.
+        loops: edges from a row to itself.
+    """
+
+    nodes: Tensor
+    halo: Tensor
+    inner: Tensor
+    outer: Tensor
+    loops: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Partition:
     """A split of the nodes into clusters.
 
@@ -48,6 +71,8 @@ class Partition:
         perm: int64 [N] on the CPU; new row i is old node `perm[i]`. Clusters are contiguous, and the rows of a cluster
             stand by descending degree, so that rows worked on together have about as many edges.
         ptr: int64 [num_parts + 1] on the CPU; cluster c is rows `ptr[c]` to `ptr[c + 1]`.
+        num_parts: clusters.
+        graph: the graph that was partitioned.
     """
 
     perm: Tensor
@@ -64,7 +89,7 @@ class Partition:
         cluster = torch.repeat_interleave(torch.arange(self.num_parts), self.ptr.diff())
         return torch.equal(torch.bucketize(self.perm, self.ptr[1:], right=True), cluster)
 
-    def permute(self, graph: Graph, *tensors: Tensor | None) -> Any:
+    def permute(self, graph: Graph, *tensors: Tensor | SparseRows | None) -> Any:
         """Reorders a graph and node tensors so that clusters are contiguous.
 
         Args:
@@ -83,7 +108,7 @@ class Partition:
         for place, tensor in enumerate(tensors):
             if tensor is None:
                 continue
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, (Tensor, SparseRows)):
                 raise TypeError(f"tensor {place} must be a tensor or None, got {type(tensor).__name__}")
             if tensor.dim() == 0 or tensor.size(0) != num_nodes:
                 shape = list(tensor.shape)
@@ -95,37 +120,62 @@ class Partition:
 
     def stats(self, batch_size: int = 1, seed: int = 0) -> PartitionStats:
         """What the partition costs in batches of `batch_size` clusters, grouped at random with `seed`."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        graph, num_nodes = self.graph.to("cpu"), self.perm.numel()
-        cluster = torch.empty(num_nodes, dtype=torch.int64)
-        sizes = self.ptr.diff()
-        cluster[self.perm] = torch.repeat_interleave(torch.arange(self.num_parts), sizes)
-        source, target = graph.edge_index()
-        edge_cut = float((cluster[source] != cluster[target]).float().mean()) if graph.num_edges else 0.0
-        order = torch.randperm(self.num_parts, generator=torch.Generator().manual_seed(seed))
-        batch_of_cluster = torch.empty_like(order)
-        batch_of_cluster[order] = torch.arange(self.num_parts) // batch_size
-        batch = batch_of_cluster[cluster]
-        is_between = batch[source] != batch[target]
-        halo = torch.unique(batch[target[is_between]] * num_nodes + source[is_between]).numel()
-        num_batches = -(-self.num_parts // batch_size)
-        num_between = int(is_between.sum())
+        return self.stats_of(self.batch_counts(batch_size, seed))
+
+    def stats_of(self, counts: BatchCounts) -> PartitionStats:
+        """What the partition costs in batches that are counted already."""
+        graph, sizes = self.graph.to("cpu"), self.ptr.diff()
+        source, target = _of_ends(graph, self._cluster())
+        num_between = int(counts.outer.sum())
         return PartitionStats(
             num_parts=self.num_parts,
-            edge_cut=edge_cut,
-            halo_rows=halo / num_batches,
-            halo_ratio=halo / num_nodes,
+            edge_cut=int((source != target).sum()) / max(graph.num_edges, 1),
+            halo_rows=float(counts.halo.sum()) / counts.halo.numel(),
+            halo_ratio=float(counts.halo.sum()) / graph.num_nodes,
             inter_intra_ratio=num_between / max(graph.num_edges - num_between, 1),
             balance=float(sizes.max() / sizes.float().mean()),
         )
+
+    def batch_counts(self, batch_size: int = 1, seed: int = 0) -> BatchCounts:
+        """Rows and edges of the batches of one epoch: groups of `batch_size` clusters, drawn at random with `seed`."""
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        graph, num_nodes = self.graph.to("cpu"), self.perm.numel()
+        order = torch.randperm(self.num_parts, generator=torch.Generator().manual_seed(seed))
+        batch_of_cluster = torch.empty(self.num_parts, dtype=torch.int32)
+        batch_of_cluster[order] = (torch.arange(self.num_parts) // batch_size).int()
+        batch = batch_of_cluster[self._cluster().long()]
+        count = -(-self.num_parts // batch_size)
+        source, target = _of_ends(graph, batch)
+        is_between = source != target
+        edges = torch.bincount(target, minlength=count)
+        into = target[is_between].long()
+        # each halo row of a batch is one number; equal ones are next to each other once they are sorted
+        halo = (into * num_nodes + graph.col[is_between]).sort().values
+        is_first = torch.ones_like(halo, dtype=torch.bool)
+        is_first[1:] = halo[1:] != halo[:-1]
+        outer = torch.bincount(into, minlength=count)
+        loops = batch.index_select(0, graph.col[_is_loop(graph)].long())
+        return BatchCounts(
+            nodes=torch.bincount(batch, minlength=count),
+            halo=torch.bincount(torch.div(halo[is_first], num_nodes, rounding_mode="floor"), minlength=count),
+            inner=edges - outer,
+            outer=outer,
+            loops=torch.bincount(loops, minlength=count),
+        )
+
+    def _cluster(self) -> Tensor:
+        """The cluster of every node, int32 [N]."""
+        cluster = torch.empty(self.perm.numel(), dtype=torch.int32)
+        cluster[self.perm] = torch.repeat_interleave(torch.arange(self.num_parts, dtype=torch.int32), self.ptr.diff())
+        return cluster
 
 
 def metis(graph: Graph, num_parts: int, seed: int = 0, cache: str | os.PathLike[str] | None = None) -> Partition:
     """Clusters with few edges between them, by METIS (Karypis and Kumar, SIAM J. Sci. Comput. 1998).
 
     A directed graph is made symmetric for the partition only. METIS may leave a cluster empty on a tiny graph; such a
-    cluster is dropped, so the result can have fewer than `num_parts`.
+    cluster is dropped, so the result can have fewer than `num_parts`. Ctrl-C takes effect when METIS is done.
 
     Args:
         graph: the graph; weights are not used.
@@ -135,6 +185,7 @@ def metis(graph: Graph, num_parts: int, seed: int = 0, cache: str | os.PathLike[
 
     Raises:
         ValueError: more parts than nodes, or fewer than one.
+        MissingPackageError: pymetis is not installed.
     """
     _check_parts(graph, num_parts)
     if num_parts == 1:
@@ -196,34 +247,66 @@ def _by_degree(graph: Graph, cluster: Tensor) -> Partition:
     return Partition(perm, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]), graph)
 
 
-def _run_metis(graph: Graph, num_parts: int, seed: int) -> np.ndarray:
-    import pymetis
+def _of_ends(graph: Graph, of_node: Tensor) -> tuple[Tensor, Tensor]:
+    """A value of every node, as (of the source, of the target) of every edge."""
+    source = of_node.index_select(0, graph.col)
+    return source, torch.repeat_interleave(of_node, graph.degree.long(), output_size=graph.num_edges)
 
+
+def _is_loop(graph: Graph) -> Tensor:
+    """Whether an edge is from a node to itself, bool [E]."""
+    node = torch.arange(graph.num_nodes, dtype=graph.col.dtype)
+    return graph.col == torch.repeat_interleave(node, graph.degree.long(), output_size=graph.num_edges)
+
+
+def _run_metis(graph: Graph, num_parts: int, seed: int) -> np.ndarray:
+    pymetis = _pymetis()
     rowptr, col = _symmetric_structure(graph)
     adjacency = pymetis.CSRAdjacency(adj_starts=rowptr, adjacent=col)
     result = pymetis.part_graph(num_parts, adjacency, options=pymetis.Options(seed=seed))
     return np.asarray(result.vertex_part, dtype=np.int32)
 
 
+def _pymetis() -> ModuleType:
+    try:
+        return importlib.import_module("pymetis")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"metis needs pymetis ({error}): pip install pymetis, or take random_partition"
+        ) from error
+
+
 def _symmetric_structure(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     """(rowptr, col) of the graph with both directions of every edge, each once, and no loops: what METIS takes."""
-    source, target = graph.to("cpu").edge_index()
-    is_edge = source != target
-    source, target = source[is_edge], target[is_edge]
-    key = target * graph.num_nodes + source
-    if not graph.is_symmetric:
-        key = torch.cat([key, source * graph.num_nodes + target])
-    key = torch.unique(key)
-    row = torch.div(key, graph.num_nodes, rounding_mode="floor")
-    rowptr = torch.searchsorted(row, torch.arange(graph.num_nodes + 1))
-    if rowptr[-1] >= 2**31:
+    graph = graph.to("cpu")
+    if graph.is_symmetric:
+        # columns of a row ascend: a copy of an edge stands behind it
+        is_kept = ~_is_loop(graph)
+        is_copy = graph.col[1:] == graph.col[:-1]
+        is_within_row = torch.ones(graph.num_edges + 1, dtype=torch.bool)
+        is_within_row[graph.rowptr.long()] = False
+        is_copy &= is_within_row[1 : graph.num_edges]
+        is_kept[1:] &= ~is_copy
+        kept_before = torch.zeros(graph.num_edges + 1, dtype=graph.rowptr.dtype)
+        torch.cumsum(is_kept, 0, dtype=kept_before.dtype, out=kept_before[1:])
+        rowptr = kept_before.index_select(0, graph.rowptr)
+        col = graph.col[is_kept]
+    else:
+        source, target = graph.edge_index()
+        is_edge = source != target
+        source, target = source[is_edge], target[is_edge]
+        key = torch.cat([target * graph.num_nodes + source, source * graph.num_nodes + target]).unique()
+        row = torch.div(key, graph.num_nodes, rounding_mode="floor")
+        rowptr = torch.searchsorted(row, torch.arange(graph.num_nodes + 1))
+        col = key - row * graph.num_nodes
+    if int(rowptr[-1]) >= 2**31:
         raise ValueError(f"METIS takes at most {2**31 - 1} edges, both directions counted, got {int(rowptr[-1])}")
     # pymetis is built for int32 and would copy anything else
-    return rowptr.numpy().astype(np.int32), (key - row * graph.num_nodes).numpy().astype(np.int32)
+    return rowptr.int().numpy(), col.int().numpy()
 
 
 def _fingerprint(graph: Graph, num_parts: int, seed: int) -> str:
-    digest = hashlib.sha256(f"{num_parts} {seed} {importlib.metadata.version('pymetis')}".encode())
+    digest = hashlib.sha256(f"{num_parts} {seed} {_pymetis().version}".encode())
     for part in (graph.rowptr, graph.col):
         digest.update(part.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features
+from gas_triton.functional import Rows
 from gas_triton.nn import GINConv
 from gas_triton.nn.base import HistoryLayer, Source
 
@@ -26,8 +26,7 @@ class LipschitzPenalty:
     A history is a little out of date, and what that costs grows with the Lipschitz constants of the layers behind it
     (Fey et al., ICML 2021, section 4). For L layers that can read histories,
 
-    .. math:: s / (L - 1) \sum_l \mathrm{mean}_i \| f_l(h)_i - f_l(h + \sigma \epsilon)_i \|_2,
-        \quad \epsilon \sim N(0, 1)
+        s / (L - 1) sum_l mean_i || f_l(h)_i - f_l(h + sigma e)_i ||_2,    e from N(0, 1)
 
     with h what the layer's `nn` is given in a `GINConv`, as in PyGAS's `train_gin.py`, and the rows that the layer
     aggregates, halo rows included and after dropout, in every other layer. The gradient flows through both terms.
@@ -166,7 +165,7 @@ class _LayerWatch(_Watch):
         self._source: Source | None = None
         self.module.read = self._read  # type: ignore[method-assign]
 
-    def _read(self, x: Tensor | Features, batch: Batch) -> Source:
+    def _read(self, x: Rows, batch: Batch) -> Source:
         self._source = type(self.module).read(self.module, x, batch)
         self._after_read = _RandomState(batch.device)
         return self._source

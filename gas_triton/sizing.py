@@ -270,7 +270,7 @@ def candidates(
     """
     shapes = model.make()
     dims, state = history_dims(shapes), state_bytes(shapes)
-    prepared = _prepared(model.name)
+    prepared = prepared_by(model.name)
     graph = graph_bytes(problem.num_nodes, problem.num_edges + prepared.loops * problem.num_nodes, prepared.weighted)
     features = feature_bytes(problem.num_nodes, problem.num_features, problem.num_classes)
     if 1 in num_parts:
@@ -332,6 +332,7 @@ class Prepared:
     weighted: bool
 
 
-def _prepared(model: str) -> Prepared:
+def prepared_by(model: str) -> Prepared:
+    """What a model of `MODELS` adds to a graph."""
     graph = MODELS[model].prepare(Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]), num_nodes=2))
     return Prepared(graph.num_edges > 2, graph.weight is not None)

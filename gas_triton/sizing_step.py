@@ -275,15 +275,15 @@ class _Step:
             return 0
         values = rows * width
         block = max(1, CPU_BLOCK // width) * width
-        # the words of a block, shifted ones, and those of the block before
-        words = 2 * values if values <= block else max(2 * block, block + 2 * min(block, values - block))
-        return values + FLOAT * (rows + words)
+        # the words of a block, and shifted ones
+        return values + FLOAT * (rows + 2 * min(block, values))
 
     def _drop(self, rows: int, width: int) -> int:
         """Dropped rows, held."""
-        self.tape.touch(self._mask(rows, width))
-        self.tape.touch(rows * width * self.on_cpu, rows * width * FLOAT)
-        return self.tape.hold(rows * width * FLOAT)
+        dropped = self.tape.hold(rows * width * FLOAT)
+        # no mask of all values
+        self.tape.touch(max(0, self._mask(rows, width) - rows * width))
+        return dropped
 
     def _undrop(self, grad: int, width: int) -> int:
         """The gradient of what was dropped, held."""

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gas_triton.csr import find_hubs
 from gas_triton.functional.rows import FLOATS, describe
+from gas_triton.functional.sparse_rows import SparseRows
 from gas_triton.graph import Graph
 from gas_triton.history.files import large_file_folder
 from gas_triton.history.memories import FileMemory, HostMemory, bytes_of
@@ -62,7 +63,7 @@ class StaticTable:
         """Bytes of the rows."""
         return self.rows.nbytes
 
-    def check(self, x: Tensor | None) -> None:
+    def check(self, x: Any) -> None:
         """Raises ValueError if `x` is not, or not any more, what the table was made of."""
         if x is self.x and version_of(self.x) == self.version:
             return
@@ -195,10 +196,11 @@ def use_static_rows(model: Model, loader: ClusterLoader, say: Callable[[str], No
     """Aggregates the features for a model's first layer if it reads the same in every step, and says so.
 
     Returns:
-        Bytes of the table; 0 if there is none, because the layer needs none or memory has no room for it.
+        Bytes of the table; 0 if there is none, because the layer needs none, the features are sparse, or memory has no
+        room for it.
     """
     needed = model.static_input
-    if needed is None or loader.x is None:
+    if needed is None or loader.x is None or isinstance(loader.x, SparseRows):
         return 0
     nbytes = bytes_of((loader.graph.num_nodes, loader.x.size(1)), loader.x.dtype)
     tier, why = choose_tier(nbytes, loader.graph.device)

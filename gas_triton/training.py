@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from gas_triton.batch import Batch
 from gas_triton.checkpoint import lock_folder
 from gas_triton.compensation import Compensated
 from gas_triton.datasets import Dataset
+from gas_triton.diagnostics import Diagnosis, diagnose
+from gas_triton.functional import SparseRows
 from gas_triton.graph import Graph
 from gas_triton.history import Histories, attach_histories
-from gas_triton.inference import inference
+from gas_triton.inference import filling_histories, inference
 from gas_triton.loader import ClusterLoader
 from gas_triton.memory import peak_bytes
 from gas_triton.models import MODELS, Model
@@ -30,7 +33,14 @@ from gas_triton.regularization import LipschitzPenalty
 from gas_triton.scores import accuracy, micro_f1
 from gas_triton.static import use_static_rows
 from gas_triton.training_checkpoint import Saver, identity
-from gas_triton.training_config import HISTORY_DTYPES, PARTITIONS, EpochRecord, Result, TrainConfig
+from gas_triton.training_config import (
+    HISTORY_DTYPES,
+    PARTITIONS,
+    EpochRecord,
+    Result,
+    TrainConfig,
+    check_diagnosed,
+)
 from gas_triton.training_trace import check_output, trace
 
 __all__ = [
@@ -59,7 +69,11 @@ def train(
     checkpoint_every: int = 1,
     resume: bool = False,
     profile: str | os.PathLike[str] | None = None,
+    measure_memory: bool = True,
     say: Callable[[str], None] | None = None,
+    on_diagnose: Callable[[int, Diagnosis], None] | None = None,
+    diagnose_every: int = 10,
+    diagnose_gradients: bool = False,
 ) -> Result:
     """Trains a model on a dataset and reports the test accuracy at the best validation epoch.
 
@@ -86,7 +100,13 @@ def train(
         profile: file for a trace of the second epoch that this call trains (of the first if there is only one), which
             chrome://tracing and Perfetto show. A single epoch on a CPU is traced instead of measured: `peak_bytes` is
             None.
+        measure_memory: False leaves `peak_bytes` None: to measure it on a CPU takes as long as some ten epochs of a
+            deep model.
         say: called with lines about where the run starts and where its histories live.
+        on_diagnose: called with the epoch and what `gas_triton.diagnose` finds after its last step, before an
+            evaluation can fill the histories; changes no number of the run.
+        diagnose_every: epochs between two of these calls.
+        diagnose_gradients: compares gradients too, for which the whole graph has to fit in memory as one batch.
 
     Returns:
         What was reached, by the epochs before a resume too.
@@ -103,6 +123,8 @@ def train(
         raise ValueError("resume needs checkpoint, the folder to resume from, got None")
     if profile is not None:
         check_output("profile", Path(profile))
+    if on_diagnose is not None:
+        check_diagnosed(config, diagnose_every)
     say = say or (lambda line: None)
     with ExitStack() as stack:
         stack.enter_context(_seeded(config.seed, device))
@@ -123,24 +145,33 @@ def train(
         result = Result() if saver is None else saver.restore(run)
         result.num_parameters = sum(p.numel() for p in run.model.parameters())
         result.history_bytes = run.histories.nbytes
-        if config.static_first_layer and (config.histories or config.full_batch) and config.edge_dropout == 0.0:
+        reads_all = (config.histories or config.full_batch) and config.edge_dropout == 0.0
+        if config.static_first_layer and reads_all:
             result.static_bytes = run.use_static_rows(say)
         if run.histories and config.history_tier != "device":
             say(run.histories.summary())
         first = len(result.epochs) + 1
+        if first == 1:
+            run.fill_histories()
         traced = None if profile is None else min(first + 1, config.epochs)
         try:
             for epoch in range(first, config.epochs + 1):
                 # on a CPU both are torch's profiler, which runs once at a time
-                measure = result.peak_bytes is None and not (epoch == traced and device.type == "cpu")
+                is_profiled = epoch == traced and device.type == "cpu"
+                measure = measure_memory and result.peak_bytes is None and not is_profiled
+                look = None
+                if on_diagnose is not None and epoch % diagnose_every == 0:
+                    look = partial(run.diagnose, diagnose_gradients)
                 with nullcontext() if profile is None or epoch != traced else trace(profile, device):
-                    record, peak = run.epoch(epoch, measure)
+                    record, peak = run.epoch(epoch, measure, look)
                 result.peak_bytes = peak if measure else result.peak_bytes
                 result.add(record)
                 if saver is not None:
                     saver.save_after_epoch(run, result)
                 if on_epoch is not None:
                     on_epoch(record)
+                if on_diagnose is not None and run.diagnosis is not None:
+                    on_diagnose(epoch, run.diagnosis)
         except KeyboardInterrupt:
             result.interrupted = True
             if saver is not None and run.begun == len(result.epochs) > saver.epoch:
@@ -191,6 +222,7 @@ class _Run:
             gradients = config.compensation == "lmc"
             self.trained = Compensated(self.model, self.loader, config.halo_momentum, gradients)
         self.begun = 0
+        self.diagnosis: Diagnosis | None = None
         self.optimizer = torch.optim.Adam(
             [
                 {"params": self.model.reg_parameters, "weight_decay": config.weight_decay},
@@ -206,18 +238,27 @@ class _Run:
             self.full = self.loader.full()
         return nbytes
 
-    def epoch(self, epoch: int, measure: bool = False) -> tuple[EpochRecord, int]:
-        """The record of an epoch, and the most bytes of a step if that is measured."""
+    def epoch(
+        self, epoch: int, measure: bool = False, look: Callable[[], Diagnosis] | None = None
+    ) -> tuple[EpochRecord, int]:
+        """The record of an epoch, and the most bytes of a step if that is measured.
+
+        `look` is called between training and evaluation; `diagnosis` keeps what it finds.
+        """
         self.begun = epoch
         self.model.train()
         self._set_halo("read" if self.config.histories else "drop")
         with torch.profiler.record_function("train"):
             loss, seconds, peak = self._train_epoch(measure)
         self._set_halo("read")
+        with torch.profiler.record_function("diagnose"):
+            self.diagnosis = None if look is None else look()
         record = EpochRecord(epoch, loss, seconds)
-        if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
+        is_due = epoch % self.config.eval_every == 0
+        if is_due or epoch == self.config.epochs:
             with torch.profiler.record_function("evaluate"):
-                val_acc, test_acc = self._evaluate()
+                # one that is only made because the epoch is the last must not change a run that goes on
+                val_acc, test_acc = self._evaluate(fills_histories=is_due)
             record = EpochRecord(epoch, loss, seconds, val_acc, test_acc)
         return record, peak
 
@@ -287,14 +328,33 @@ class _Run:
     def _forward(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
         return model(batch.x if self.config.host_features and not self.loader.static else batch.features, batch)
 
-    def _evaluate(self) -> tuple[float, float]:
+    def _logits(self, fills_histories: bool) -> Tensor:
+        """[N, C] of the model as it is; histories are filled only where the config says so too."""
+        fills = fills_histories and self.config.fill_histories and bool(self.histories)
+        if self.full is None and not self.config.full_evaluation:
+            return inference(self.model, self.loader, self._forward, fill_histories=fills)
+        self.model.eval()
+        with torch.no_grad(), filling_histories(self.model) if fills else nullcontext():
+            return self._forward(self.model, self.full or self.loader.full())
+
+    def fill_histories(self) -> None:
+        """Fills the histories by an evaluation, where the config says so."""
+        if self.config.fill_histories and self.histories:
+            self._logits(fills_histories=True)
+
+    def diagnose(self, gradients: bool = False) -> Diagnosis:
+        """What `gas_triton.diagnose` finds; the loss is the mean over all training nodes."""
+        total = sum(self.labelled)
+
+        def loss(out: Tensor, batch: Batch) -> Tensor:
+            count = int((batch.target != _IGNORED).sum()) // (1 if batch.target.dim() == 1 else batch.target.size(1))
+            return self._loss(out, batch.target, count) * (count / total) if count else 0.0 * out.sum()
+
+        return diagnose(self.model, self.loader, self._forward, loss=loss if gradients else None)
+
+    def _evaluate(self, fills_histories: bool = False) -> tuple[float, float]:
         """(validation, test) accuracy."""
-        if self.full is None:
-            logits = inference(self.model, self.loader, self._forward)
-        else:
-            self.model.eval()
-            with torch.no_grad():
-                logits = self._forward(self.model, self.full)
+        logits = self._logits(fills_histories)
         tensors = self.loader.node_tensors
         score = micro_f1 if self.multi_label else accuracy
         scores = [score(logits[tensors[mask]], tensors["y"][tensors[mask]]) for mask in ("val_mask", "test_mask")]
@@ -332,6 +392,8 @@ def _make_loader(
     graph = MODELS[config.model].prepare(graph)
     is_trained = train_mask if y.dim() == 1 else train_mask[:, None]
     target = torch.where(is_trained, y, torch.full_like(y, _IGNORED))
+    if config.sparse_features:
+        x = SparseRows.of(x)
     x = x if config.host_features else x.to(device)
     loader = ClusterLoader(
         graph.to(device), parts, config.batch_size, seed=config.seed, x=x, y=y.to(device), target=target.to(device),

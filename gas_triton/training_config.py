@@ -49,6 +49,12 @@ class TrainConfig:
             "node" multiplies it by their number over the mean number in a batch, so that every training node counts the
             same in an epoch.
         epochs: epochs to train.
+        full_evaluation: evaluates the whole graph at once, in the memory of full-batch inference, instead of layer by
+            layer; the numbers are the same.
+        fill_histories: an evaluation before the first epoch, and every later one, pushes the rows that it computes to
+            the histories, as PyGAS does; False leaves them to training.
+        sparse_features: keeps the features as `SparseRows`, for bags of words: the first linear layer of GCN, GAT,
+            APPNP, GCN2 and PNA then reads only what is not zero.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         num_parts: clusters of the partition.
         batch_size: clusters of a batch.
@@ -91,6 +97,9 @@ class TrainConfig:
     loss_weighting: str = "batch"
     epochs: int = 100
     eval_every: int = 1
+    full_evaluation: bool = False
+    fill_histories: bool = False
+    sparse_features: bool = False
     num_parts: int = 40
     batch_size: int = 10
     partition: str = "metis"
@@ -146,6 +155,8 @@ class TrainConfig:
             raise ValueError(f"halo_momentum and compensation are for models of at least 2 layers, got {self.layers}")
         if self.compensates and (self.edge_dropout > 0.0 or self.lipschitz > 0.0):
             raise ValueError("halo_momentum and compensation do not go together with edge_dropout or lipschitz")
+        if self.compensates and self.sparse_features:
+            raise ValueError("halo_momentum and compensation read dense features, not sparse_features")
         for name in ("dropout", "edge_dropout"):
             check_probability(name, getattr(self, name))
         for name in ("lr", "weight_decay", "weight_decay_last", "grad_norm", "lipschitz"):
@@ -163,6 +174,16 @@ class TrainConfig:
     def compensates(self) -> bool:
         """Whether a training step computes halo rows too."""
         return self.halo_momentum > 0.0 or self.compensation != "none"
+
+
+def check_diagnosed(config: TrainConfig, every: int) -> None:
+    """Raises ValueError for a run without histories, which has nothing to diagnose."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"diagnose_every must be a positive int, got {every!r}")
+    way = "full_batch" if config.full_batch else "histories=False" if not config.histories else None
+    way = "a model of one layer" if way is None and config.layers < 2 else way
+    if way is not None:
+        raise ValueError(f"diagnose needs a run with histories, got {way}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ same mask, nothing is stored, and the backward computes it again. The generator 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,8 @@ from gas_triton.kernels._library import define
 
 THRESHOLD_BITS = 24
 CPU_BLOCK = 1 << 17
+_FEATURE = -1640531527  # 0x9E3779B9 as int32
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_mask(ids: Tensor, num_features: int, p: float, seed: Tensor) -> Tensor:
@@ -29,21 +33,45 @@ def keep_mask(ids: Tensor, num_features: int, p: float, seed: Tensor) -> Tensor:
         p: probability of dropping a feature, in [0, 1).
         seed: int64 [1].
     """
-    key = _mix(_mix(_as_int32(ids.long()) + _as_int32(seed)) + _as_int32(seed >> 32))[:, None]
-    feature = torch.arange(num_features, dtype=torch.int32, device=ids.device) * -1640531527  # 0x9E3779B9
     mask = torch.empty(ids.numel(), num_features, dtype=torch.bool, device=ids.device)
-    # block by block, because the hash passes over its words a dozen times and they should stay in the cache
-    rows = max(1, CPU_BLOCK // max(num_features, 1))
-    for start in range(0, ids.numel(), rows):
-        word = _mix(key[start : start + rows] + feature)
-        _shift_right(word, 32 - THRESHOLD_BITS, word)
-        torch.ge(word, threshold(p), out=mask[start : start + rows])
+    for rows, block in _mask_blocks(ids, num_features, p, seed):
+        mask[rows] = block
+        del block
     return mask
+
+
+def _mask_blocks(ids: Tensor, num_features: int, p: float, seed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The mask, block of rows by block: the hash passes over its words a dozen times, in the cache."""
+    key = _row_key(ids, seed)[:, None]
+    feature = torch.arange(num_features, dtype=torch.int32, device=ids.device) * _FEATURE
+    size = max(1, CPU_BLOCK // max(num_features, 1))
+    for start in range(0, ids.numel(), size):
+        rows = slice(start, start + size)
+        word = _mix(key[rows] + feature)
+        mask = _shift_right(word, 32 - THRESHOLD_BITS, word) >= threshold(p)
+        # before the words of the next block are made
+        del word
+        yield rows, mask
+        del mask
+
+
+def keep_values(ids: Tensor, feature: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The mask of single values: bool [V], True where feature `feature[v]` of node `ids[v]` is kept."""
+    kept = torch.empty(ids.numel(), dtype=torch.bool, device=ids.device)
+    for start in range(0, ids.numel(), CPU_BLOCK):
+        values = slice(start, start + CPU_BLOCK)
+        word = _mix(_row_key(ids[values], seed) + feature[values].to(torch.int32) * _FEATURE)
+        torch.ge(_shift_right(word, 32 - THRESHOLD_BITS, word), threshold(p), out=kept[values])
+    return kept
 
 
 def threshold(p: float) -> int:
     """Hash values below this many of 2**24 are dropped."""
     return round(p * (1 << THRESHOLD_BITS))
+
+
+def _row_key(ids: Tensor, seed: Tensor) -> Tensor:
+    return _mix(_mix(_as_int32(ids.long()) + _as_int32(seed)) + _as_int32(seed >> 32))
 
 
 def _as_int32(value: Tensor) -> Tensor:
@@ -123,7 +151,15 @@ def dropout_triton(x: Tensor, ids: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def dropout_cpu(x: Tensor, ids: Tensor, p: float, seed: Tensor) -> Tensor:
-    return torch.where(keep_mask(ids, x.size(1), p, seed), x, 0.0).mul_(1.0 / (1.0 - p))
+    out, scale = torch.empty(x.shape, dtype=x.dtype), 1.0 / (1.0 - p)
+    # bits, because a product would make nan of what is dropped of inf, and `torch.where` is several times slower
+    bits = _BITS[x.itemsize]
+    read, written = x.view(bits), out.view(bits)
+    for rows, mask in _mask_blocks(ids, x.size(1), p, seed):
+        torch.bitwise_and(read[rows], mask.to(bits).neg_(), out=written[rows])
+        out[rows].mul_(scale)
+        del mask
+    return out
 
 
 def _dropout_fake(x: Tensor, ids: Tensor, p: float, seed: Tensor) -> Tensor:

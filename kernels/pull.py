@@ -1,7 +1,9 @@
 """Reading rows of a history: gathered and widened in one pass, or copied as they are stored.
 
-out[k] = table[ids[k]]                    pull of a floating table; gather_rows of any dtype, bit for bit
-out[k] = scale[ids[k]] * table[ids[k]]    pull of an int8 table, the product in float32
+    out[k] = table[ids[k]]                    pull of a floating table; gather_rows of any dtype, bit for bit
+    out[k] = scale[ids[k]] * table[ids[k]]    pull of an int8 table, the product in float32
+
+Rows are named by `ids`, int64; a row may be read more than once.
 """
 
 from __future__ import annotations

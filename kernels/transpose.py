@@ -1,6 +1,6 @@
 """Transpose of a sparse matrix as an opaque op, so that a traced model can ask for it.
 
-edges of row j of the result = edges with column j, in the order in which they are given
+Row j of the result has the edges with column j, in the order in which they are given.
 """
 
 from __future__ import annotations

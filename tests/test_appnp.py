@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gas_triton import Batch, ClusterLoader, Graph, attach_histories, inference, models, random_partition
+from gas_triton import Batch, ClusterLoader, Graph, attach_histories, functional, inference, models, random_partition
 from gas_triton.datasets import load
 from gas_triton.nn import APPNP, APPNPConv
 from gas_triton.planner import Planner
@@ -232,8 +232,12 @@ def test_model_is_the_one_written_out(options: dict[str, Any], is_training: bool
 
     def written_out() -> Tensor:
         p = model.dropout if is_training else 0.0
-        x = F.dropout(batch.x, p) if model.drop_input else batch.x
-        x = x_0 = model.lins[1](F.dropout(model.lins[0](x).relu(), p))
+
+        def drop(rows: Tensor) -> Tensor:
+            return functional.dropout(rows, batch, p, functional.draw_seed(rows.device)) if p > 0 else rows
+
+        x = drop(batch.x) if model.drop_input else batch.x
+        x = x_0 = model.lins[1](drop(model.lins[0](x).relu()))
         for _ in range(4):
             x = propagate(x, x_0, edges, 0.2)
         return x

@@ -248,6 +248,9 @@ SPELLED: dict[str, tuple[list[str], Any]] = {
     "full_batch": (["--full-batch"], True),
     "histories": (["--no-histories"], False),
     "host_features": (["--host-features"], True),
+    "sparse_features": (["--sparse-features"], True),
+    "full_evaluation": (["--full-evaluation"], True),
+    "fill_histories": (["--fill-histories"], True),
     "static_first_layer": (["--no-static"], False),
     "compensation": (["--compensation", "lmc"], "lmc"),
     "history_dtype": (["--history-dtype", "int8"], "int8"),
@@ -285,9 +288,12 @@ def test_a_preset_sets_what_is_not_given(asked: list[tuple[str, TrainConfig]], t
     path, options = tmp_path / "run.json", ["--device", "cpu", "--quiet"]
     assert cli.main(["train", "--preset", "Cora_GCN", *options, "--json", str(path)]) == 0
     config = TrainConfig(
-        hidden=16, weight_decay=5e-4, grad_norm=1.0, epochs=200, num_parts=40, batch_size=10,
+        hidden=16, weight_decay=5e-4, grad_norm=1.0, epochs=200, num_parts=40, batch_size=10, fill_histories=True,
+        full_evaluation=True,
     )  # fmt: skip
     assert asked[-1] == ("Cora", config)
+    assert cli.main(["train", "--preset", "cora-gcn", "--no-fill-histories", *options]) == 0
+    assert asked[-1] == ("Cora", replace(config, fill_histories=False))
     written = json.loads(path.read_text())["config"]
     assert (written["preset"], written["dataset"], written["weight_decay"]) == ("Cora_GCN", "Cora", 0.0005)
     given = ["--epochs", "3", "--grad-norm", "none", "--hidden", "64", "--dataset", "mine", "--seed", "4"]
@@ -506,27 +512,6 @@ def test_a_real_ctrl_c_ends_the_program(tmp_path: Path) -> None:
     assert b"Traceback" not in shown + rest
     assert re.search(rb"interrupted after \d+ epochs: test 0\.\d+", out)
     assert json.loads(path.read_text())["interrupted"] is True
-
-
-# --- partition
-
-
-def test_partition_compares_metis_and_random(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["partition", *GENERATED, "--num-parts", "4", "10", "--batch-size", "2"]) == 0
-    _, header, *rows, note = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[0] == "parts"
-    cells = [row.split() for row in rows]
-    assert [row[:2] for row in cells] == [["4", "METIS"], ["4", "random"], ["10", "METIS"], ["10", "random"]]
-    for metis, random in (cells[:2], cells[2:]):
-        assert float(metis[2].rstrip("%")) < float(random[2].rstrip("%"))
-        assert int(metis[3]) < int(random[3])
-    graph = gas_triton.Graph.from_edge_index(generate(600, 6000).edge_index, num_nodes=600)
-    stats = gas_triton.metis(graph, 10).stats(2)
-    expected = [f"{stats.edge_cut:.1%}", f"{stats.halo_rows:.0f}", f"{stats.halo_ratio:.2f}"]
-    assert cells[2][2:7] == [*expected, f"{stats.inter_intra_ratio:.2f}", f"{stats.balance:.2f}"]
-    assert "Clusters of a batch: 2" in note
-    assert cli.main(["partition", *GENERATED, "--num-parts", "700"]) == 2
-    assert "num_parts must be from 1 to the number of nodes (600), got 700" in capsys.readouterr().err
 
 
 # --- doctor

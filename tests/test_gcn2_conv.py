@@ -263,13 +263,13 @@ def written_out(model: GCN2, batch: Batch, edges: Block) -> Tensor:
     def drop(rows: Tensor) -> Tensor:
         return functional.dropout(rows, batch, p, functional.draw_seed(rows.device)) if p > 0 else rows
 
-    x = F.dropout(batch.x, p) if model.drop_input else batch.x
+    x = drop(batch.x) if model.drop_input else batch.x
     x = x_0 = model.lins[0](x).relu()
     for place, conv in enumerate(model.convs):
         h = gcn2(dict(conv.named_parameters()), drop(x), x_0, edges, conv.alpha, conv.beta)
         h = model.norms[place](h) if len(model.norms) else h
         x = (h + x if model.residual else h).relu()
-    return model.lins[1](F.dropout(x, p))
+    return model.lins[1](drop(x))
 
 
 @pytest.mark.parametrize(

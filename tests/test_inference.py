@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gas_triton import Batch, ClusterLoader, Graph, attach_histories, contiguous_partition, inference, random_partition
+from gas_triton.inference import filling_histories
 from gas_triton.models import MODELS, Stack
 from gas_triton.nn import GATConv, GCN2Conv, GCNConv, GINConv, LightPNAConv, SAGEConv
 from gas_triton.nn.base import HistoryLayer
@@ -253,6 +254,69 @@ def test_histories_are_neither_read_nor_written() -> None:
         assert torch.equal(store.table, before[name]["table"])
         assert torch.equal(store.last_push, before[name]["last_push"])
         assert (int(store.clock), store.row_order) == (0, "of another graph")
+
+
+@pytest.mark.parametrize("way", ["layer by layer", "whole graph"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_histories_are_filled_with_the_exact_rows(way: str, dtype: torch.dtype) -> None:
+    model, loader = make_stack("GCN", dropout=0.5), make_loader()
+    histories = attach_histories(model, 30, dtype=dtype)
+    rows: dict[str, Tensor] = {}
+    hooks = [
+        conv.register_forward_pre_hook(lambda _, args, place=place: rows.update({f"convs.{place}": args[0]}))
+        for place, conv in enumerate(model.convs)
+    ]
+    expected = whole(model, loader)
+    for hook in hooks:
+        hook.remove()
+    if way == "layer by layer":
+        logits = inference(model, loader, fill_histories=True)
+    else:
+        batch = loader.full()
+        with torch.no_grad(), filling_histories(model.eval()):
+            logits = model(batch.x, batch)
+    torch.testing.assert_close(logits, expected)
+    assert len(histories) == 2
+    for name, store in histories.items():
+        tolerance = {} if dtype == torch.float64 else {"rtol": 0.0, "atol": float(rows[name].abs().max()) / 200}
+        table = store.table if dtype == torch.float64 else store.table.double() * store.scale[:, None]
+        torch.testing.assert_close(table.double(), rows[name], **tolerance)
+        assert int(store.last_push.min()) >= 1
+    # no hook stays
+    before = copy.deepcopy(histories.state_dict())
+    inference(model, loader)
+    assert all(torch.equal(store.table, before[name]["table"]) for name, store in histories.items())
+
+
+class Keywords(nn.Module):
+    """Every module is given its rows by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.lin = nn.Linear(6, 8)
+        self.convs = nn.ModuleList([SAGEConv(8, 8), SAGEConv(8, 3)])
+        self.double()
+
+    def forward(self, x: Any, batch: Batch) -> Tensor:
+        h = self.lin(input=x).relu()
+        for conv in self.convs:
+            h = conv(batch=batch, x=h).relu()
+        return h
+
+
+def test_rows_may_be_given_by_name() -> None:
+    model, loader = Keywords(), make_loader()
+    expected = whole(model, loader)
+    histories = attach_histories(model, 30, dtype=torch.float64)
+    torch.testing.assert_close(inference(model, loader, fill_histories=True), expected)
+    filled = histories["convs.1"].table.clone()
+    assert bool(filled.any())
+    histories.reset()
+    batch = loader.full()
+    with torch.no_grad(), filling_histories(model.eval()):
+        torch.testing.assert_close(model(batch.x, batch), expected)
+    torch.testing.assert_close(histories["convs.1"].table, filled)
 
 
 def test_another_graph_can_be_inferred_while_histories_are_attached() -> None:

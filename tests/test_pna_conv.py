@@ -358,17 +358,19 @@ def test_jumping_knowledge_is_the_model_written_out(options: str, is_training: b
         conv.input_dropout = 0.0
     p = model.dropout if is_training else 0.0
 
+    def drop(rows: Tensor) -> Tensor:
+        return functional.dropout(rows, batch, p, functional.draw_seed(rows.device)) if p > 0 else rows
+
     def forward() -> Tensor:
-        h = written.lins[0](F.dropout(batch.x, p) if model.drop_input else batch.x)
+        h = written.lins[0](drop(batch.x) if model.drop_input else batch.x)
         h = (h if written.input_norm is None else written.input_norm(h)).relu()
         outputs = [h]
         for place, conv in enumerate(written.convs):
-            rows = functional.dropout(h, batch, p, functional.draw_seed(h.device)) if place > 0 and p else h
-            out = conv(rows, batch)
+            out = conv(drop(h) if place > 0 else h, batch)
             out = written.norms[place](out) if len(written.norms) else out
             h = (out + h if model.residual else out).relu()
             outputs.append(h)
-        return written.lins[1](F.dropout(torch.cat(outputs, dim=1), p))
+        return written.lins[1](drop(torch.cat(outputs, dim=1)))
 
     torch.manual_seed(7)
     out = model(batch.x, batch)

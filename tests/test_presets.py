@@ -81,6 +81,7 @@ def transcribed() -> dict[str, dict[str, Any]]:
             "weight_decay": float(rates[1]), "weight_decay_last": float(rates[2]), "epochs": int(epochs),
             "grad_norm": None if clip == "-" else float(clip), "max_steps": None if steps == "-" else int(steps),
             "model_options": {}, "history_tier": "auto" if name.startswith(LARGE) else "device",
+            "fill_histories": True, "full_evaluation": not name.startswith(LARGE),
             "edge_dropout": 0.8 if name in ("products-gcn2", "products-pna") else 0.0,
         }  # fmt: skip
         for option in options:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gas_triton import training
 from gas_triton.datasets import Dataset, generate, load
 from gas_triton.models import MODELS
 from gas_triton.training import EpochRecord, Result, TrainConfig, _Run, find_device, train
@@ -61,6 +62,11 @@ def test_histories_reach_full_batch_and_an_mlp_does_not(dataset: Dataset) -> Non
     assert gas.peak_bytes < full.peak_bytes / 2
     assert (gas.history_bytes, full.history_bytes) == (2 * 2000 * (32 + 1) * 4, 0)
     assert gas.num_parameters == full.num_parameters == 16 * 32 + 32 + 32 * 32 + 32 + 32 * 5 + 5
+
+
+def test_memory_is_not_measured_where_it_is_not_asked_for(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "peak_bytes", None)
+    assert train(dataset, replace(SMALL, epochs=1), measure_memory=False).peak_bytes is None
 
 
 def test_cora_reaches_what_is_known_of_it(data_root: Path) -> None:

@@ -91,8 +91,9 @@ def assert_same_end(a: End, b: End) -> None:
         {"model": "GIN", "model_options": {"batch_norm": True, "residual": True}, "history_dtype": "bfloat16"},
         {"eval_every": 2, "histories": False},
         {"full_batch": True, "weight_decay": 0.01},
+        {"eval_every": 2, "fill_histories": True},
     ],
-    ids=["GCN", "SAGE", "GIN", "without histories", "full batch"],
+    ids=["GCN", "SAGE", "GIN", "without histories", "full batch", "filled histories"],
 )
 def test_a_resumed_run_is_the_run_bit_for_bit(
     dataset: Dataset, tmp_path: Path, ends: list[End], measured: list[str], changes: dict[str, Any]

@@ -27,7 +27,7 @@ def dataset() -> Dataset:
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not measured, which takes longer than all else here."""
     epoch = _Run.epoch
-    monkeypatch.setattr(_Run, "epoch", lambda self, number, measure=False: epoch(self, number))
+    monkeypatch.setattr(_Run, "epoch", lambda self, number, measure=False, *look: epoch(self, number, False, *look))
 
 
 def numbers(result: Result) -> dict[str, Any]:

@@ -233,6 +233,21 @@ def test_dropout_kernel_equals_the_torch_hash(rows):
         assert torch.equal(out[1] != 0, out[4] != 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dropped_values_are_zero_whatever_they_were(dtype):
+    x = torch.randn(37, 6, dtype=dtype, device=DEVICE).t()
+    x[:, ::3], x[:, 1::3] = torch.inf, torch.nan
+    ids = torch.arange(6, device=DEVICE)
+    kept = keep_mask(ids.cpu(), 37, 0.5, SEED.cpu())
+    expected = torch.where(kept, x.cpu() * 2.0, 0.0)
+    outs = [dropout_cpu(x.cpu(), ids.cpu(), 0.5, SEED.cpu())]
+    # the interpreter multiplies bfloat16 wrongly
+    if DEVICE.type == "cuda" or dtype != torch.bfloat16:
+        outs.append(dropout_triton(x, ids, 0.5, SEED).cpu())
+    for out in outs:
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_dropout_mask_is_fair_and_follows_its_keys():
     ids = torch.arange(2000)
     mask = keep_mask(ids, 64, 0.3, torch.tensor([7]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gas_triton import nn as layers
 from gas_triton.autoscale.call import PygCall, own_weight
 from gas_triton.functional import Features
+from gas_triton.nn.lipschitz import Lipschitz
 
 Builder = Callable[[Any, int | None], nn.Module | None]
 
@@ -26,6 +27,11 @@ class CalledAsPyg:
 
     call: PygCall
     takes: frozenset[str]
+
+    @property
+    def lipschitz(self) -> Lipschitz | None:
+        """That of the layer, which is called otherwise but computes the same."""
+        return super().lipschitz  # type: ignore[misc]
 
     def forward(self, x: Tensor | Features, *args: Any, **options: Any) -> Tensor:
         """[B, F_out]; see `Wrapped.forward`."""

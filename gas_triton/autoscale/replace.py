@@ -22,7 +22,7 @@ def autoscale(
     """Replaces the message-passing layers of a PyTorch Geometric model by layers that read histories.
 
     The model is then used as one of `gas_triton.nn` layers, with the `Batch` where `edge_index` went, and with edge
-    tensors in the order of the batch's edges::
+    tensors in the order of the batch's edges:
 
         model = gas.autoscale(torch_geometric.nn.GAT(64, 128, num_layers=3, out_channels=10, edge_dim=8))
         histories = gas.attach_histories(model, graph.num_nodes)

@@ -6,6 +6,7 @@ from gas_triton.functional.dropout import draw_seed, dropout
 from gas_triton.functional.dynamic_attention import dynamic_attention
 from gas_triton.functional.multi_aggregate import MultiReduce, multi_aggregate
 from gas_triton.functional.rows import Features, Halo, Quantized, StaticInput, halo_rows
+from gas_triton.functional.sparse_rows import Rows, SparseRows
 
 __all__ = [
     "Features",
@@ -13,6 +14,8 @@ __all__ = [
     "MultiReduce",
     "Quantized",
     "Reduce",
+    "Rows",
+    "SparseRows",
     "StaticInput",
     "aggregate",
     "attention",

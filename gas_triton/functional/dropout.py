@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from gas_triton.functional.rows import row_count
+from gas_triton.functional.sparse_rows import SparseRows
 from gas_triton.kernels.dropout import dropout as dropout_op
 
 if TYPE_CHECKING:
     from gas_triton.batch import Batch
 
 
-def dropout(x: Tensor, batch: Batch, p: float, seed: Tensor) -> Tensor:
+@overload
+def dropout(x: Tensor, batch: Batch, p: float, seed: Tensor) -> Tensor: ...
+@overload
+def dropout(x: SparseRows, batch: Batch, p: float, seed: Tensor) -> SparseRows: ...
+def dropout(x: Tensor | SparseRows, batch: Batch, p: float, seed: Tensor) -> Tensor | SparseRows:
     """Zeroes features with probability `p` and scales the rest by 1 / (1 - p), by a mask of (seed, node, feature).
 
     A node's mask is the same wherever the node is read, as an in-batch row here or from a history by `aggregate`.
 
     Args:
-        x: [B, F] or [B + H, F].
+        x: [B, F] or [B + H, F]; sparse rows stay sparse.
         batch: the plan of the step.
         p: probability in [0, 1).
         seed: int64 [1], see `draw_seed`.
@@ -31,7 +36,7 @@ def dropout(x: Tensor, batch: Batch, p: float, seed: Tensor) -> Tensor:
     ids = batch.node_ids if x.size(0) == batch.num_nodes else batch.all_ids
     if x.size(0) != ids.numel():
         raise ValueError(row_count(x, batch))
-    return dropout_op(x, ids, p, seed)
+    return x.dropout(ids, p, seed) if isinstance(x, SparseRows) else dropout_op(x, ids, p, seed)
 
 
 def draw_seed(device: torch.device) -> Tensor:

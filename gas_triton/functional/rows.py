@@ -105,7 +105,7 @@ class Quantized:
     scale: Tensor
 
 
-def in_batch_rows(rows: Tensor, batch: Batch) -> Tensor:
+def in_batch_rows(rows: Any, batch: Batch) -> Any:
     """The in-batch rows of [B, ...] or [B + H, ...]: `rows` itself without halo, as a slice's gradient is a copy."""
     return rows if rows.size(0) == batch.num_nodes else rows[: batch.num_nodes]
 
@@ -233,7 +233,7 @@ def check_all_rows(name: str, x: Tensor, batch: Batch, has_halo: bool) -> None:
     raise ValueError(row_count(x, batch, name))
 
 
-def row_count(x: Tensor, batch: Batch, name: str = "x") -> str:
+def row_count(x: Any, batch: Batch, name: str = "x") -> str:
     return (
         f"{name} has {x.size(0)} rows, expected {batch.num_nodes} (in-batch rows) or "
         f"{batch.num_nodes + batch.num_halo} (in-batch and halo rows)"
@@ -254,6 +254,11 @@ def edge_blocks(
     return [inner.rowptr, inner.col], [outer.rowptr, outer.col, batch.outer_slot, batch.halo_ids]
 
 
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a backward will ask for the gradient of a tensor."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 def transposed_blocks(
     rows: Tensor, batch: Batch, table: Tensor | None, has_halo: bool, may_share: bool
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
@@ -266,7 +271,7 @@ def transposed_blocks(
         has_halo: whether halo rows are read.
         may_share: whether the arrays of a symmetric graph may stand for their transpose.
     """
-    if not rows.requires_grad or not torch.is_grad_enabled():
+    if not needs_gradient(rows):
         return [], None, []
     if has_halo and table is None:
         csr, hubs = batch.transposed_joint()

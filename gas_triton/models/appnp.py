@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gas_triton import nn as layers
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, Halo
+from gas_triton.functional import Features, Halo, Rows
 from gas_triton.functional.dropout import check_probability
 from gas_triton.graph import Graph
 from gas_triton.models.base import Model, check_sizes
@@ -69,9 +68,9 @@ class APPNP(Model):
         for lin in lins:
             lin.reset_parameters()
 
-    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+    def forward(self, x: Rows, batch: Batch) -> Tensor:
         rows = x.rows() if isinstance(x, Features) else x
         if self.drop_input:
-            rows = F.dropout(rows, self.dropout, self.training)
-        rows = F.dropout(self.lins[0](rows).relu(), self.dropout, self.training)
+            rows = self.drop(rows, batch)
+        rows = self.drop(self.lins[0](rows).relu(), batch)
         return self.propagation(self.lins[1](rows), batch)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gas_triton import functional
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, StaticInput
+from gas_triton.functional import Rows, StaticInput
 from gas_triton.graph import Graph
 from gas_triton.nn.base import check_channels
 
@@ -24,6 +25,14 @@ class Model(nn.Module):
     def options_of(graph: Graph) -> dict[str, Any]:
         """Arguments of the model that depend on the graph, as a degree histogram does."""
         return {}
+
+    dropout: float
+
+    def drop(self, rows: Any, batch: Batch) -> Any:
+        """Dropout of rows while training, by a mask that is not kept: a node's rows are dropped alike wherever read."""
+        if not self.training or self.dropout == 0.0:
+            return rows
+        return functional.dropout(rows, batch, self.dropout, functional.draw_seed(batch.device))
 
     @property
     def static_input(self) -> StaticInput | None:
@@ -45,7 +54,7 @@ class Model(nn.Module):
         """Draws all parameters anew."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+    def forward(self, x: Rows, batch: Batch) -> Tensor:
         """[B, F_out] of `x`: `batch.x` or `batch.features`."""
         raise NotImplementedError
 

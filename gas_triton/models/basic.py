@@ -33,16 +33,18 @@ class SAGE(Stack):
 class GIN(Stack):
     """A stack of `GINConv` with two-layer perceptrons (Xu et al., ICLR 2019); see `Stack` for the arguments.
 
-    Two more are `train_eps` (True) and `perceptron_norm` (False): with that, a perceptron is a linear layer,
-    `BatchNorm1d`, ReLU, a linear layer and ReLU. With `linear` and `residual` this is the GIN of PyGAS's example on
-    CLUSTER, except that evaluation uses running statistics, so that it does not depend on the batches.
+    Three more are `train_eps` (True), `perceptron_norm` (False) and `running_statistics` (True). With the second, a
+    perceptron is a linear layer, `BatchNorm1d`, ReLU, a linear layer and ReLU. With `linear` and `residual`, without
+    the third, this is the GIN of PyGAS's example on CLUSTER: evaluation takes the statistics of the rows that it is
+    given, so evaluate the whole graph at once.
     """
 
     def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
         hidden, has_norm = self.hidden_channels, options.pop("perceptron_norm", False)
+        runs = options.pop("running_statistics", True)
         perceptron = nn.Sequential(
             nn.Linear(in_channels, hidden),
-            *([nn.BatchNorm1d(hidden)] if has_norm else []),
+            *([nn.BatchNorm1d(hidden, track_running_stats=runs)] if has_norm else []),
             nn.ReLU(),
             nn.Linear(hidden, out_channels),
             *([nn.ReLU()] if has_norm else []),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features
+from gas_triton.functional import Features, Rows
 from gas_triton.functional.rows import in_batch_rows
 from gas_triton.graph import Graph
 from gas_triton.models.stack import Stack
@@ -58,6 +58,6 @@ class GCN2(Stack):
     def make_conv(self, in_channels: int, out_channels: int, **options: Any) -> HistoryLayer:
         return GCN2Conv(in_channels, layer=len(self.convs) + 1, **options)
 
-    def common_inputs(self, x: Tensor | Features, batch: Batch) -> tuple[Tensor, ...]:
+    def common_inputs(self, x: Rows, batch: Batch) -> tuple[Tensor, ...]:
         # once, as the gradient of a slice is a copy with zeros
         return (x.in_batch() if isinstance(x, Features) else in_batch_rows(x, batch),)

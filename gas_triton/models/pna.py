@@ -6,11 +6,10 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features
+from gas_triton.functional import Features, Rows
 from gas_triton.functional.rows import in_batch_rows
 from gas_triton.graph import Graph
 from gas_triton.models.stack import Stack
@@ -21,12 +20,11 @@ from gas_triton.nn.base import HistoryLayer
 class PNA(Stack):
     """A stack of `LightPNAConv` (Corso et al., NeurIPS 2020, in the form of PyGAS).
 
-    See `Stack` for the other arguments.
+    Takes the arguments of `Stack`, and
 
-    Args:
-        deg: the degree histogram of the graph, `PNA.options_of(graph)`.
-        aggregators: see `LightPNAConv`; "mean" and "max" if not given.
-        scalers: see `LightPNAConv`; "identity" and "amplification" if not given.
+    * `deg`: the degree histogram of the graph, `PNA.options_of(graph)`; it must be given.
+    * `aggregators`: see `LightPNAConv`; "mean" and "max" if not given.
+    * `scalers`: see `LightPNAConv`; "identity" and "amplification" if not given.
     """
 
     @staticmethod
@@ -76,11 +74,11 @@ class PNA_JK(PNA):
         if self.input_norm is not None:
             self.input_norm.reset_parameters()
 
-    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+    def forward(self, x: Rows, batch: Batch) -> Tensor:
         """[B, F_out] of `x`: `batch.x` or `batch.features`."""
         rows = x.rows() if isinstance(x, Features) else x
         if self.drop_input:
-            rows = F.dropout(rows, self.dropout, self.training)
+            rows = self.drop(rows, batch)
         rows = self.lins[0](rows)
         h = (rows if self.input_norm is None else self.input_norm(rows)).relu()
         outputs = [in_batch_rows(h, batch)]
@@ -92,4 +90,4 @@ class PNA_JK(PNA):
                 out = out + in_batch_rows(h, batch)
             h = out.relu()
             outputs.append(h)
-        return self.lins[1](F.dropout(torch.cat(outputs, dim=1), self.dropout, self.training))
+        return self.lins[1](self.drop(torch.cat(outputs, dim=1), batch))

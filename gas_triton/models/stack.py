@@ -7,11 +7,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, StaticInput
+from gas_triton.functional import Features, Rows, StaticInput
 from gas_triton.functional.dropout import check_probability
 from gas_triton.functional.rows import in_batch_rows
 from gas_triton.models.base import Model, check_sizes
@@ -83,7 +82,7 @@ class Stack(Model):
         """The next layer of this model; `self.convs` holds those before it."""
         raise NotImplementedError
 
-    def common_inputs(self, x: Tensor | Features, batch: Batch) -> tuple[Tensor, ...]:
+    def common_inputs(self, x: Rows, batch: Batch) -> tuple[Tensor, ...]:
         """What every layer is given between its rows and the batch, made from the first layer's rows `x`."""
         return ()
 
@@ -105,12 +104,12 @@ class Stack(Model):
         for module in modules:
             module.reset_parameters()
 
-    def forward(self, x: Tensor | Features, batch: Batch) -> Tensor:
+    def forward(self, x: Rows, batch: Batch) -> Tensor:
         """[B, F_out] of `x`: `batch.x` or `batch.features`."""
         if len(self.lins):
             rows = x.rows() if isinstance(x, Features) else x
             if self.drop_input:
-                rows = F.dropout(rows, self.dropout, self.training)
+                rows = self.drop(rows, batch)
             x = self.lins[0](rows).relu()
         depth, common = len(self.convs), self.common_inputs(x, batch)
         for place, conv in enumerate(self.convs):
@@ -122,4 +121,4 @@ class Stack(Model):
             if self.residual and h.size(1) == (x.num_features if isinstance(x, Features) else x.size(1)):
                 h = h + (x.in_batch() if isinstance(x, Features) else in_batch_rows(x, batch))
             x = h = self.activation(h)
-        return self.lins[1](F.dropout(h, self.dropout, self.training))
+        return self.lins[1](self.drop(h, batch))

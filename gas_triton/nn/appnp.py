@@ -12,6 +12,7 @@ from gas_triton.functional import Features
 from gas_triton.functional.dropout import check_probability
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
 from gas_triton.nn.gcn2_conv import check_alpha, initial_rows
+from gas_triton.nn.lipschitz import Lipschitz
 from gas_triton.nn.normalization import check_normalization
 
 
@@ -56,6 +57,11 @@ class APPNPConv(HistoryLayer):
                 "APPNP cannot tell how wide its histories must be: give channels=, or the widths= of gas.autoscale"
             )
         return self.channels
+
+    @property
+    def lipschitz(self) -> Lipschitz:
+        """With x_0 as it is."""
+        return Lipschitz(0.0, 1.0 - self.alpha, weighted=True)
 
     def forward(self, x: Tensor | Features, x_0: Tensor | Features, batch: Batch) -> Tensor:
         """[B, F] of `x`: [B + H, F], [B, F] with a history, or `batch.features`.

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from gas_triton import functional
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, Halo, Quantized, Reduce, StaticInput
+from gas_triton.functional import Features, Halo, Quantized, Reduce, Rows, SparseRows, StaticInput
 from gas_triton.functional.dropout import check_probability
 from gas_triton.functional.rows import FLOATS, check_halo, in_batch_rows
 from gas_triton.history import HistoryStore, ReadsHistory
+from gas_triton.nn.lipschitz import Lipschitz
 
 
 @dataclass(frozen=True)
 class Source:
     """The rows that a layer aggregates: in-batch (and halo) rows, and what holds the halo if they do not."""
 
-    x: Tensor | Features
+    # `Rows`, of which sparse ones are only transformed
+    x: Any
     batch: Batch
     halo: Halo
     history: Tensor | Quantized | None = None
@@ -64,8 +66,8 @@ class Source:
             transform(self.rows()), self.batch, reduce=reduce, edge_weight=edge_weight, halo=self.halo
         )
 
-    def rows(self) -> Tensor:
-        """In-batch rows, then halo rows unless they are left out."""
+    def rows(self) -> Any:
+        """In-batch rows, then halo rows unless they are left out; a tensor, or the sparse rows that came."""
         if self.halo == "drop":
             return self.in_batch()
         if isinstance(self.x, Features):
@@ -82,12 +84,14 @@ class Source:
         reads one output row an edge. Halo rows read in place are never copied for it: gathering them straight from the
         table, whose rows stay in the cache, is several times faster than any saving.
         """
+        if isinstance(self.x, SparseRows):
+            return True
         if self.history is not None or isinstance(self.x, Features):
             return False
         rows, num_edges = self.x.size(0), self.batch.num_edges
         return rows * (in_channels + out_channels) + num_edges * out_channels < num_edges * in_channels
 
-    def in_batch(self) -> Tensor:
+    def in_batch(self) -> Any:
         """In-batch rows [B, F]."""
         return self.x.in_batch() if isinstance(self.x, Features) else in_batch_rows(self.x, self.batch)
 
@@ -116,11 +120,16 @@ class HistoryLayer(nn.Module, ReadsHistory):
         """What the layer reads of features that never change; None if it transforms rows before it aggregates."""
         return None
 
-    def read(self, x: Tensor | Features, batch: Batch) -> Source:
+    @property
+    def lipschitz(self) -> Lipschitz | None:
+        """How far its output moves at most when its input rows do, in `eval()` mode; None if that is not known."""
+        return None
+
+    def read(self, x: Rows, batch: Batch) -> Source:
         """Pushes in-batch rows to the history while training, and says where all rows are read.
 
         Args:
-            x: [B + H, F], [B, F] or `batch.features`.
+            x: [B + H, F], dense or sparse, [B, F] or `batch.features`.
             batch: the plan of the step.
         """
         self._check(x, batch)
@@ -132,7 +141,7 @@ class HistoryLayer(nn.Module, ReadsHistory):
             rows = functional.dropout(x.in_batch(), batch, p, seed)
             return Source(rows, batch, self.halo, x.halo(), p, seed)
         history = None
-        if self.history is not None and x.size(0) == batch.num_nodes:
+        if isinstance(x, Tensor) and self.history is not None and x.size(0) == batch.num_nodes:
             history = self.history.exchange(x, batch, push=self.training, read=self.halo == "read")
         if p == 0.0:
             return Source(x, batch, self.halo, history)
@@ -145,8 +154,8 @@ class HistoryLayer(nn.Module, ReadsHistory):
             raise TypeError(f"batch must be a Batch of a ClusterLoader, got {type(batch).__name__}")
         name, rows = type(self).__name__, x.table if isinstance(x, Features) else x
         width: int | None = getattr(self, "in_channels", None)
-        if not isinstance(rows, Tensor) or rows.dtype not in FLOATS:
-            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        if not isinstance(rows, (Tensor, SparseRows)) or rows.dtype not in FLOATS:
+            got = rows.dtype if isinstance(rows, (Tensor, SparseRows)) else type(rows).__name__
             raise TypeError(f"x must be a floating tensor or batch.features, got {got}")
         if rows.dim() != 2 or (width is not None and rows.size(1) != width):
             raise ValueError(f"x must have shape [rows, {width or 'features'}] for {name}, got {list(rows.shape)}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gas_triton import functional
 from gas_triton.batch import Batch
-from gas_triton.functional import Features
+from gas_triton.functional import Rows
 from gas_triton.functional.dropout import check_probability
 from gas_triton.functional.rows import in_batch_rows
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
@@ -94,11 +94,11 @@ class GATConv(HistoryLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor | Features, batch: Batch, edge_attr: Tensor | None = None) -> Tensor:
+    def forward(self, x: Rows, batch: Batch, edge_attr: Tensor | None = None) -> Tensor:
         """[B, heads * D], or [B, D] without `concat`.
 
         Args:
-            x: [B + H, F_in], [B, F_in] with a history, or `batch.features`.
+            x: [B + H, F_in], [B, F_in] with a history, or `batch.features`; sparse rows [B + H, F_in] too.
             batch: the plan of the step.
             edge_attr: [num_edges, edge_dim] in the batch's edge order; rows of self loops are replaced if
                 `add_self_loops`.

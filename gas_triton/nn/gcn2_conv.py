@@ -12,6 +12,7 @@ from gas_triton.batch import Batch
 from gas_triton.functional import Features
 from gas_triton.functional.rows import FLOATS
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+from gas_triton.nn.lipschitz import Lipschitz, spectral_norm
 from gas_triton.nn.normalization import check_normalization
 
 
@@ -72,6 +73,13 @@ class GCN2Conv(HistoryLayer):
     @property
     def history_dim(self) -> int:
         return self.channels
+
+    @property
+    def lipschitz(self) -> Lipschitz:
+        """With x_0 as it is."""
+        identity = torch.eye(self.channels, dtype=torch.float64, device=self.weight1.device)
+        mapped = (1.0 - self.beta) * identity + self.beta * self.weight1.detach().double()
+        return Lipschitz(0.0, (1.0 - self.alpha) * spectral_norm(mapped), weighted=True)
 
     def reset_parameters(self) -> None:
         """Glorot for the weights, as PyG."""

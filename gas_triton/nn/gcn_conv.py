@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gas_triton.batch import Batch
-from gas_triton.functional import Features, StaticInput
+from gas_triton.functional import Rows, StaticInput
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+from gas_triton.nn.lipschitz import Lipschitz, spectral_norm
 from gas_triton.nn.normalization import check_normalization
 
 
@@ -64,14 +65,18 @@ class GCNConv(HistoryLayer):
     def history_dim(self) -> int:
         return self.in_channels
 
+    @property
+    def lipschitz(self) -> Lipschitz:
+        return Lipschitz(0.0, spectral_norm(self.lin.weight), weighted=True)
+
     def reset_parameters(self) -> None:
         """Glorot for W, 0 for b, as PyG."""
         nn.init.xavier_uniform_(self.lin.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor | Features, batch: Batch, edge_weight: Tensor | None = None) -> Tensor:
-        """[B, F_out] of `x`: [B + H, F_in], [B, F_in] with a history, or `batch.features`.
+    def forward(self, x: Rows, batch: Batch, edge_weight: Tensor | None = None) -> Tensor:
+        """[B, F_out] of `x`: [B + H, F_in], dense or sparse, [B, F_in] with a history, or `batch.features`.
 
         `edge_weight` [num_edges], in the batch's edge order and with gradient, stands in for the graph's weights.
         """

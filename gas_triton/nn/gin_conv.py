@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gas_triton.batch import Batch
 from gas_triton.functional import Features, StaticInput
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+from gas_triton.nn.lipschitz import Lipschitz, constant_of
 
 
 class GINConv(HistoryLayer):
@@ -57,6 +58,11 @@ class GINConv(HistoryLayer):
         if self.in_channels is None:
             raise ValueError("GINConv cannot tell how wide its history must be: give in_channels=")
         return self.in_channels
+
+    @property
+    def lipschitz(self) -> Lipschitz | None:
+        constant = constant_of(self.nn)
+        return None if constant is None else Lipschitz(abs(1.0 + float(self.eps.detach())) * constant, constant)
 
     def reset_parameters(self) -> None:
         """New parameters for `nn`, and eps back to its first value."""

@@ -11,6 +11,9 @@ from gas_triton.batch import Batch
 from gas_triton.functional import Features, Reduce, StaticInput
 from gas_triton.kernels.aggregate import REDUCTIONS
 from gas_triton.nn.base import Halo, HistoryLayer, check_channels
+from gas_triton.nn.lipschitz import Lipschitz, Spread, spectral_norm
+
+_SPREADS: dict[str, Spread] = {"sum": "sum", "mean": "mean", "max": "root", "min": "root"}
 
 
 class SAGEConv(HistoryLayer):
@@ -65,6 +68,15 @@ class SAGEConv(HistoryLayer):
     @property
     def history_dim(self) -> int:
         return self.in_channels
+
+    @property
+    def lipschitz(self) -> Lipschitz | None:
+        if self.normalize:
+            # rows near 0 may turn anywhere
+            return None
+        own = spectral_norm(self.lin_r.weight) if self.root_weight else 0.0
+        neighbours = spectral_norm(self.lin_l.weight) * (spectral_norm(self.lin.weight) if self.project else 1.0)
+        return Lipschitz(own, neighbours, _SPREADS[self.aggr])
 
     def reset_parameters(self) -> None:
         """New parameters from torch's default for linear layers."""

@@ -1,11 +1,11 @@
 """The settings of PyGAS's benchmarks, which are those of the GNNAutoScale paper, under names such as `cora-gcn`.
 
-One file a model, one table a dataset; what a table leaves out is `TrainConfig`'s default. The graph is made by the
-model (`prepare`), which for none of them depends on the dataset.
+One file a model, one table a dataset; what a table leaves out is said above the tables, or `TrainConfig`'s default. The
+graph is made by the model (`prepare`), which for none of them depends on the dataset.
 
-What differs from PyGAS: histories begin at zero and are read by nothing but training, where PyGAS fills them by an
-evaluation before the first epoch and after each; PPI is one graph with masks, where PyGAS trains on a graph of its own;
-and the large benchmark's histories are where they fit (`history_tier="auto"`), where PyGAS has them in host memory.
+What differs from PyGAS: PPI is one graph with masks, where PyGAS trains on a graph of its own; the large benchmark's
+histories are where they fit (`history_tier="auto"`), where PyGAS has them in host memory; and a batch without training
+nodes writes its rows to the histories, where PyGAS skips it.
 
 Source: https://github.com/rusty1s/pyg_autoscale, the `conf` folders of `small_benchmark` and `large_benchmark`.
 """
@@ -75,9 +75,9 @@ def _presets() -> dict[str, dict[str, Any]]:
     for file in sorted(resources.files(__name__).iterdir(), key=lambda file: file.name):
         if file.name.endswith(".toml"):
             fields = tomllib.loads(file.read_text(encoding="utf-8"))
-            model = fields.pop("model")
-            suffix = model.lower().replace("_", "-")
-            found |= {f"{dataset}-{suffix}": {"model": model, **own} for dataset, own in fields.items()}
+            shared = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+            suffix = shared["model"].lower().replace("_", "-")
+            found |= {f"{name}-{suffix}": shared | own for name, own in fields.items() if name not in shared}
     return found
 
 
