@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import accuracy
+from bench import ablation, accuracy, reproduce
 from bench.report_goals import GOALS, goals_table, highlights
 from bench.report_tables import (
     COMMAND,
@@ -25,10 +25,13 @@ from bench.report_tables import (
     TABLES,
     Results,
     memory_table,
+    partition_table,
     read_results,
     scale,
     unmeasured,
 )
+from bench.reproduce_table import summary, tables
+from bench.run_record import RunRecord
 from bench.runner import PARTS
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +48,18 @@ def block(results: Results, name: str) -> str:
     """
     if name == "highlights":
         return highlights(results)
+    if name in ("reproduction", "reproduction in brief"):
+        record = RunRecord(results.folder / reproduce.RESULTS.name)
+        made = tables if name == "reproduction" else summary
+        return made(record, reproduce.DATASETS, reproduce.MODELS)
     if name == "accuracy":
         return accuracy.tables(accuracy.Record(results.folder / "accuracy-cpu.json"))
+    if name == "ablation":
+        return ablation.report(results.folder / ablation.RESULTS.name)
     if name == "memory against full-batch":
         return memory_table(results)
+    if name in ("partition", "partition metis"):
+        return partition_table(results, name.split()[-1])
     kind, _, rest = name.partition(" ")
     if kind in GOALS and rest == "goals":
         return goals_table(results, kind)
@@ -59,7 +70,8 @@ def block(results: Results, name: str) -> str:
     if kind in GOALS and rest in TABLES:
         table = TABLES[rest]
         return table.text(results, kind) or unmeasured(kind, table.part)
-    known = ["highlights", "accuracy", "memory against full-batch", "cpu goals", *(f"cpu {name}" for name in TABLES)]
+    known = ["highlights", "ablation", "reproduction", "reproduction in brief", "accuracy", "memory against full-batch"]
+    known += ["partition", "partition metis", "cpu goals", *(f"cpu {name}" for name in TABLES)]
     raise ValueError(f"table {name!r}: expected one of {', '.join(known)}, or gpu instead of cpu, or gpu tables")
 
 

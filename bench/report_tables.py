@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import records
+from bench import bench_partition, records
 from bench.pivot import (
     MISSED,
     Where,
@@ -64,7 +64,7 @@ def read_results(folder: Path) -> Results:
     """
     newest: dict[str, tuple[str, Path, dict[str, records.Part]]] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name.startswith(("accuracy-", "memory-", "scale-")):
+        if path.name.startswith(("ablation-", "accuracy-", "memory-", "partition-", "reproduce-", "scale-")):
             continue
         parts = records.read(path)
         date = max((part.date for part in parts.values()), default="")
@@ -164,6 +164,7 @@ TABLES: dict[str, Table] = {
     "attention": Table("attention", "GATConv", LAYER),
     "dynamic_attention": Table("dynamic_attention", "GATv2Conv and TransformerConv", LAYER),
     "multi_aggregate": Table("multi_aggregate", "Five aggregations at once, and PNAConv", LAYER),
+    "sparse_rows": Table("sparse_rows", "A linear layer of sparse features", compared(ours=SPEED)),
     "push": Table("push", "push", compared(ours=SPEED)),
     "pull": Table("pull", "pull", compared(ours=SPEED)),
     "plan": Table("plan", "Planning a batch", compared(ours=("edges", "ms", "peak_mib")), {"against": absent}),
@@ -241,6 +242,16 @@ def memory_table(results: Results) -> str:
                 f"{memory_by_way(rows)}\n\n<sub>{'; '.join([*note, f'`gas-triton memory`, {path.name}'])}</sub>"
             )
     command = "gas-triton memory --json bench/results/memory-cpu.json"
+    return "\n\n".join(texts) or f"{NOT_MEASURED.capitalize()}: `{command}`"
+
+
+def partition_table(results: Results, name: str) -> str:
+    """What partitions cost ("partition"), or what METIS takes ("metis"), from the files of `bench.bench_partition`."""
+    shown_as = {"partition": bench_partition.quality_table, "metis": bench_partition.metis_table}[name]
+    parts = [records.read(path).get(name) for path in sorted(results.folder.glob("partition-*.json"))]
+    texts = [f"{shown_as(part.rows)}\n\n{origin(part)}" for part in parts if part is not None and part.rows]
+    options = {"partition": "--root DATA", "metis": "--metis"}[name]
+    command = f"python -m bench.bench_partition {options} --json bench/results/partition-cpu.json"
     return "\n\n".join(texts) or f"{NOT_MEASURED.capitalize()}: `{command}`"
 
 

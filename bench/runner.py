@@ -73,7 +73,9 @@ PARTS: dict[str, Entry] = {
     "pull": Entry("bench.bench_pull"),
     "plan": Entry("bench.bench_plan"),
     "inference": Entry("bench.bench_inference"),
+    "diagnostics": Entry("bench.bench_diagnostics"),
     "dynamic_attention": Entry("bench.bench_dynamic_attention"),
+    "sparse_rows": Entry("bench.bench_sparse_rows"),
     "memory": Entry("bench.bench_memory"),
     "scale": Entry("bench.bench_scale"),
     "ceilings": Entry("bench.bench_ceilings"),
@@ -81,6 +83,7 @@ PARTS: dict[str, Entry] = {
     "static": Entry("bench.bench_static", ("cpu",)),
     "autoscale": Entry("bench.bench_autoscale", ("cpu",)),
     "file_tier": Entry("bench.bench_file_tier", ("cpu",)),
+    "partition": Entry("bench.bench_partition", ("cpu",)),
 }
 
 

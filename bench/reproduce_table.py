@@ -1,0 +1,166 @@
+"""The tables of `bench.reproduce`: our runs beside the published cells, and what misses a goal."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench import published
+from bench.run_record import RunRecord
+
+# a mean of GAS at most this far from that of full-batch training, above or below, in points
+MAX_FROM_FULL_BATCH = 0.5
+# accuracies are shares of some hundred nodes: sums of them in points are off by less
+ROUNDING = 1e-6
+COMMAND = "python -m bench.reproduce"
+
+
+class Cell(NamedTuple):
+    """Test accuracies of a cell in points: mean, sample deviation, and how many seeds."""
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; nan of a single seed."""
+        return self.deviation / math.sqrt(self.seeds) if self.seeds > 1 else math.nan
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.deviation:.2f} ({self.seeds})" if self.seeds > 1 else f"{self.mean:.2f} (1)"
+
+
+class Comparison(NamedTuple):
+    """A cell trained in both ways, on the seeds that both have."""
+
+    dataset: str
+    model: str
+    full_batch: Cell
+    gas: Cell
+    paired_error: float
+
+    @property
+    def difference(self) -> float:
+        """GAS minus full-batch."""
+        return self.gas.mean - self.full_batch.mean
+
+    @property
+    def misses(self) -> list[str]:
+        """What is not as it should be, in words; empty where all is."""
+        found = []
+        if abs(self.difference) > MAX_FROM_FULL_BATCH + ROUNDING:
+            side = "above" if self.difference > 0 else "below"
+            found.append(
+                f"{abs(self.difference):.2f} points {side} full-batch"
+                + (f" (standard error {self.paired_error:.2f})" if self.gas.seeds > 1 else " (one seed)")
+            )
+        theirs = published.GAS.get((self.dataset, self.model))
+        if theirs is not None and self.gas.mean < theirs[0] - theirs[1] - ROUNDING:
+            below = theirs[0] - self.gas.mean
+            found.append(f"{below:.2f} points below the published cell, whose deviation is {theirs[1]}")
+        return found
+
+
+def accuracies(record: RunRecord, dataset: str, model: str, way: str) -> dict[int, float]:
+    """Test accuracy in points by seed, of what is finished."""
+    group = record.groups.get(f"{dataset} {model} {way}", {"seeds": {}})
+    return {int(seed): 100 * run["test_acc"] for seed, run in group["seeds"].items()}
+
+
+def cell(points: Sequence[float]) -> Cell:
+    """Mean and deviation of some accuracies."""
+    return Cell(statistics.mean(points), statistics.stdev(points) if len(points) > 1 else 0.0, len(points))
+
+
+def compare(record: RunRecord, dataset: str, model: str, base: str, way: str) -> Comparison | None:
+    """Two ways of a cell on the seeds that both have; None where there are none."""
+    ones, others = (accuracies(record, dataset, model, each) for each in (base, way))
+    seeds = sorted(ones.keys() & others.keys())
+    if not seeds:
+        return None
+    apart = cell([others[seed] - ones[seed] for seed in seeds])
+    return Comparison(dataset, model, cell([ones[s] for s in seeds]), cell([others[s] for s in seeds]), apart.error)
+
+
+def comparisons(
+    record: RunRecord, datasets: Sequence[str], models: Sequence[str], base: str = "full-batch", way: str = "GAS"
+) -> list[Comparison]:
+    """Every cell that has runs of both ways, model by model."""
+    found = [compare(record, dataset, model, base, way) for model in models for dataset in datasets]
+    return [each for each in found if each is not None]
+
+
+def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) -> str:
+    """Accuracy of every cell, what misses, and METIS against random clusters, as Markdown."""
+    main = comparisons(record, datasets, models)
+    if not main:
+        return f"Not measured: `{COMMAND} --root DATA`"
+    rows = []
+    for each in main:
+        theirs = [cells.get((each.dataset, each.model)) for cells in (published.GAS, published.PGL_METIS)]
+        verdict = "yes" if not each.misses else "no"
+        spread = f" ± {each.paired_error:.2f}" if each.gas.seeds > 1 else ""
+        rows.append([
+            each.model, each.dataset, str(each.full_batch), str(each.gas), f"{each.difference:+.2f}{spread}",
+            *(f"{pair[0]:.2f} ± {pair[1]:.2f}" if pair else "" for pair in theirs), verdict,
+        ])  # fmt: skip
+    header = ["model", "dataset", "full-batch", "GAS", "difference", "GAS in the paper", "GAS by PGL", "as promised"]
+    texts = [_markdown(header, rows)]
+    missed = [f"* {each.model} on {each.dataset}: {'; '.join(each.misses)}." for each in main if each.misses]
+    texts += ["Missed:\n\n" + "\n".join(missed)] if missed else []
+    random = comparisons(record, datasets, models, "GAS, random clusters", "GAS")
+    if random:
+        texts.append("METIS against random clusters:\n\n" + _random_table(random))
+    alone = comparisons(record, datasets, models, "GAS, random clusters, training only", "GAS, training only")
+    if alone:
+        texts.append("The same with histories that no evaluation fills:\n\n" + _random_table(alone))
+    absent = [
+        f"{model} on {dataset}"
+        for model in models
+        for dataset in datasets
+        if (dataset, model) not in {(each.dataset, each.model) for each in main}
+    ]
+    texts += [f"Not measured: {', '.join(absent)} (`{COMMAND}`)."] if absent else []
+    return "\n\n".join([*texts, f"<sub>{record.machine}; `{COMMAND} --root DATA`</sub>"])
+
+
+def summary(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) -> str:
+    """A line a model and a column a dataset: full-batch, then GAS, then the paper's GAS where it is verified."""
+    found = {(each.model, each.dataset): each for each in comparisons(record, datasets, models)}
+    if not found:
+        return f"Not measured: `{COMMAND} --root DATA`"
+    rows = [[model, *(_three(found.get((model, dataset))) for dataset in datasets)] for model in models]
+    seeds = [each.gas.seeds for each in found.values()]
+    few = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    note = f"full-batch / GAS (GAS in the paper, where verified); {few} seeds a cell; {record.machine}; `{COMMAND}`"
+    return f"{_markdown(['', *datasets], rows)}\n\n<sub>{note}</sub>"
+
+
+def _three(found: Comparison | None) -> str:
+    if found is None:
+        return "not measured"
+    theirs = published.GAS.get((found.dataset, found.model))
+    return f"{found.full_batch.mean:.1f} / {found.gas.mean:.1f}" + (f" ({theirs[0]:.1f})" if theirs else "")
+
+
+def _random_table(found: list[Comparison]) -> str:
+    rows = []
+    for each in found:
+        key = (each.dataset, each.model)
+        cells = (published.PGL_RANDOM, published.PGL_METIS)
+        theirs = [f"{each_cell[key][0]:.2f}" if key in each_cell else "" for each_cell in cells]
+        spread = f" ± {each.paired_error:.2f}" if each.gas.seeds > 1 else ""
+        rows.append([
+            each.model, each.dataset, str(each.full_batch), str(each.gas), f"{each.difference:+.2f}{spread}", *theirs
+        ])  # fmt: skip
+    return _markdown(
+        ["model", "dataset", "random clusters", "METIS", "difference", "random, by PGL", "METIS, by PGL"], rows
+    )
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
