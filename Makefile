@@ -13,7 +13,7 @@ FIND_LINKS := $(if $(wildcard $(WHEELS)),--find-links '$(WHEELS)')
 .DELETE_ON_ERROR:
 # Two pips must not write to one .venv.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format bench interop clean distclean
+.PHONY: help setup demo test lint format bench interop docs clean distclean
 
 help:
 	@echo 'make demo      set up .venv and run the demo'
@@ -22,6 +22,7 @@ help:
 	@echo 'make format    apply what ruff can fix'
 	@echo 'make bench     run the microbenchmarks                (PYTEST_ARGS="-k gcn" to choose some)'
 	@echo 'make interop   run the tests against torch_geometric and torch_sparse, and those of figures'
+	@echo 'make docs      build the documentation into site/, strictly'
 	@echo 'make setup     only set up .venv'
 	@echo 'make clean     remove build output and caches; make distclean removes .venv too'
 	@echo
@@ -58,6 +59,11 @@ help:
 	@$(PIP_INSTALL) --no-build-isolation $(FIND_LINKS) --editable '.[test,pyg,sparse,plot]'
 	@touch $@
 
+.venv/docs.stamp: .venv/base.stamp
+	@echo 'Installing what the documentation needs ...'
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
 setup: .venv/base.stamp
 
 demo: .venv/base.stamp
@@ -81,8 +87,12 @@ bench: .venv/test.stamp
 interop: .venv/interop.stamp
 	$(PY) -m pytest tests -m interop --require-optional $(PYTEST_ARGS)
 
+# The variable keeps the theme from advertising in the output. A warning of any kind fails, but not with --quiet.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
 	find gas_triton kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
