@@ -32,7 +32,7 @@ class ClusterLoader:
         shuffle: draw new groups each epoch; otherwise consecutive clusters make a batch.
         seed: seed of the order.
         x: features [N, F], on any device; batches give them as `x` ([B + H, F]) and `features`. Sparse ones
-            (`SparseRows`) are for models that begin with a linear layer, GCN and GAT.
+            (`SparseRows`) are for models that begin with a linear layer or transform rows before they aggregate them.
         **node_tensors: tensors [N, ...] (`y`, `train_mask`, ...); batches give the in-batch rows under the same name.
 
     Raises:

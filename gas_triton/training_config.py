@@ -53,8 +53,8 @@ class TrainConfig:
             layer; the numbers are the same.
         fill_histories: an evaluation before the first epoch, and every later one, pushes the rows that it computes to
             the histories, as PyGAS does; False leaves them to training.
-        sparse_features: keeps the features as `SparseRows`, for bags of words: the first linear layer of GCN, GAT,
-            APPNP, GCN2 and PNA then reads only what is not zero.
+        sparse_features: keeps the features as `SparseRows`, for bags of words: the first linear layer of every
+            model but GIN then reads only what is not zero.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         num_parts: clusters of the partition.
         batch_size: clusters of a batch.

@@ -44,6 +44,18 @@ def test_peak_of_known_allocations_is_exact() -> None:
     assert peak.nbytes == 0
 
 
+def test_no_object_is_made_of_every_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a step of many small ops has 100 000 of them, and took ten seconds to measure
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("an event became an object")
+
+    monkeypatch.setattr(torch.autograd.profiler, "FunctionEvent", refuse)
+    with peak_bytes("cpu") as peak:
+        kept = torch.ones(KIB).neg()
+    assert peak.nbytes == 2 * 1024
+    assert kept.numel() == KIB
+
+
 def test_temporaries_inside_a_custom_op_count() -> None:
     x = torch.ones(KIB)
     with peak_bytes("cpu") as peak:

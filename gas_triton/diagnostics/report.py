@@ -182,6 +182,7 @@ class Diagnosis:
         lines += [
             "pulled off: distance of history rows to the exact rows, relative; computed off: that of rows computed",
             "with them. age: in steps. error: largest distance of a computed row; bound: largest bound, node by node.",
+            "k: Lipschitz constants of a layer in a node's own row, in its neighbours', and of what stands behind it.",
         ]
         if not output.is_rigorous:
             lines.append("~: estimated; a Lipschitz constant is not known, and what was seen of it is a lower bound.")

@@ -41,6 +41,11 @@ class Source:
 
         Those of unchanged features may have been aggregated before.
         """
+        if isinstance(self.x, SparseRows):
+            raise TypeError(
+                "x must be dense where rows are aggregated before they are transformed (GINConv, GCN2Conv, APPNP, "
+                "SAGEConv with max), got SparseRows: give x.to_dense(), or train without sparse_features"
+            )
         static = self._static_rows(reduce, edge_weight) if residual is None else None
         if static is not None:
             return static
