@@ -142,7 +142,9 @@ def test_diagnostics_shows_what_helps() -> None:
 
 @pytest.mark.interop
 def test_diagnostics_draws(tmp_path: Path, import_optional: Callable[[str, str], ModuleType]) -> None:
-    image = import_optional("matplotlib.image", "plot")
+    import_optional("matplotlib", "plot")
+    from matplotlib import image
+
     file = tmp_path / "diagnosis.png"
     run_example("diagnostics.py", "--nodes", 500, "--epochs", 1, "--figure", file)
     pixels = torch.from_numpy(image.imread(file))
