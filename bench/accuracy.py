@@ -9,15 +9,12 @@ is written to the JSON file, and a run whose settings stand there already is not
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.side_by_side import machine
+from bench.run_record import RunRecord
 from gas_triton import presets
 from gas_triton.datasets import Dataset, load
 from gas_triton.training import TrainConfig, train
@@ -68,42 +65,17 @@ def run(dataset: Dataset, config: TrainConfig) -> dict[str, Any] | None:
     }
 
 
-class Record:
-    """Finished runs, in memory and in a JSON file.
+def common(name: str, way: str, epochs: int) -> dict[str, Any]:
+    """The settings that all seeds of a dataset and way share."""
+    return {key: value for key, value in asdict(preset(name, way, 0, epochs)).items() if key != "seed"}
 
-    Args:
-        path: the file; None keeps them in memory.
-    """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.machine = ""
-        self.groups: dict[str, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            content = json.loads(path.read_text())
-            self.machine, self.groups = content.get("machine", ""), content["groups"]
+class Record(RunRecord):
+    """Finished runs by dataset and way, in memory and in a JSON file."""
 
     def group(self, name: str, way: str, epochs: int) -> dict[str, Any]:
         """Runs of a dataset by seed; those of other settings than today's are forgotten."""
-        settings = {key: value for key, value in asdict(preset(name, way, 0, epochs)).items() if key != "seed"}
-        group = self.groups.get(f"{name} {way}")
-        # a setting that did not exist when a run was done had its present default
-        if group is None or any(settings.get(key) != value for key, value in group["settings"].items()):
-            group = self.groups[f"{name} {way}"] = {"settings": settings, "seeds": {}}
-        return group["seeds"]
-
-    def save(self) -> None:
-        """Writes the file whole."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine().splitlines()[0], "groups": self.groups}
-        # a stop while writing leaves the old file
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.path)
+        return self.runs(f"{name} {way}", common(name, way, epochs))
 
     def accuracies(self, name: str, way: str, seeds: int, epochs: int) -> list[float]:
         """Test accuracies in points, of the seeds below `seeds` that are done."""
@@ -187,8 +159,7 @@ def main() -> None:
         values = run(loaded[name], preset(name, way, seed, arguments.epochs))
         if values is None:
             break
-        done[str(seed)] = values
-        record.save()
+        record.add(f"{name} {way}", common(name, way, arguments.epochs), seed, values)
     bar.close()
     print(table(record, arguments.datasets, arguments.ways, arguments.seeds, arguments.epochs))
 
