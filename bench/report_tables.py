@@ -180,6 +180,9 @@ TABLES: dict[str, Table] = {
     "inference": Table(
         "inference", "Inference", compared(ours=("ms", "peak_mib"), others=("times_ours", "peak_times_ours"))
     ),
+    "diagnostics": Table(
+        "diagnostics", "Diagnosing", compared(ours=("ms", "peak_mib"), others=("ms", "times_ours", "peak_mib"))
+    ),
     "epoch": Table(
         "epoch", "An epoch of training", compared(
             ours=("nodes", "edges", "halo_ratio", "ms", "peak_mib"), others=("ms", "times_ours", "peak_times_ours")
