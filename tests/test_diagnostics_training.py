@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from gas_triton import MissingPackageError, cli
+from gas_triton import MissingPackageError, cli, training
 from gas_triton.datasets import Dataset, generate
 from gas_triton.diagnostics import Diagnosis
-from gas_triton.training import Result, TrainConfig, _Run, train
+from gas_triton.training import Result, TrainConfig, _Run
 
+# to measure memory takes longer than all else here
+train = partial(training.train, measure_memory=False)
 CONFIG = TrainConfig(layers=3, hidden=8, lr=0.02, epochs=4, num_parts=6, batch_size=2)
 RUN = ["train", "--dataset", "generated", "--nodes", "400", "--edges", "2400", "--device", "cpu", "--hidden", "8",
        "--num-parts", "6", "--batch-size", "2", "--no-cache", "--epochs", "4"]  # fmt: skip
@@ -25,13 +28,6 @@ RUN = ["train", "--dataset", "generated", "--nodes", "400", "--edges", "2400", "
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
     return generate(400, 2400, num_classes=4, num_features=8, signal=2.0)
-
-
-@pytest.fixture(autouse=True)
-def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is not measured, which takes longer than all else here."""
-    epoch = _Run.epoch
-    monkeypatch.setattr(_Run, "epoch", lambda self, number, measure=False, *look: epoch(self, number, False, *look))
 
 
 def numbers(result: Result) -> dict[str, Any]:

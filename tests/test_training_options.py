@@ -1,6 +1,7 @@
 """Options of a training step: edge dropout, the Lipschitz penalty, weights of batches, clipping, and scores."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from gas_triton import training
 from gas_triton.datasets import Dataset, generate
 from gas_triton.models import MODELS
 from gas_triton.regularization import LipschitzPenalty
 from gas_triton.scores import accuracy, micro_f1
-from gas_triton.training import Result, TrainConfig, _Run, train
+from gas_triton.training import Result, TrainConfig, _Run
 
 CPU = torch.device("cpu")
+# to measure memory takes longer than all else here
+train = partial(training.train, measure_memory=False)
 CONFIG = TrainConfig(layers=3, hidden=8, lr=0.02, epochs=2, num_parts=8, batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
     return generate(600, 6000, num_classes=4, num_features=8, signal=2.0)
-
-
-@pytest.fixture(autouse=True)
-def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is not measured, which takes longer than all else here."""
-    epoch = _Run.epoch
-    monkeypatch.setattr(_Run, "epoch", lambda self, number, measure=False, *look: epoch(self, number, False, *look))
 
 
 def numbers(result: Result) -> dict[str, Any]:
