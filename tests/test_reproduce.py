@@ -39,6 +39,13 @@ def test_settings_are_the_papers():
     assert reproduce.settings("Cora", "GCN2", "GAS, training only") == replace(gas, fill_histories=False)
 
 
+def test_longer_full_batch_training_has_the_steps_and_evaluations_of_gas():
+    gas = reproduce.settings("CiteSeer", "APPNP", "GAS")
+    longer = reproduce.settings("CiteSeer", "APPNP", "full-batch, as many steps")
+    assert (gas.num_parts, gas.batch_size, gas.epochs, gas.eval_every) == (24, 6, 600, 1)
+    assert longer == replace(gas, full_batch=True, epochs=2400, eval_every=4)
+
+
 def test_the_cell_without_published_settings_has_those_of_its_neighbours():
     ours = reproduce.settings("AmazonComputers", "GAT", "GAS")
     cora, gcn = presets.load("cora-gat")[1], presets.load("amazon-computers-gcn")[1]
@@ -50,10 +57,10 @@ def test_the_cell_without_published_settings_has_those_of_its_neighbours():
 
 def test_first_seeds_of_all_cells_come_first_and_every_model_has_its_number():
     runs = reproduce.wanted(list(reproduce.DATASETS), list(reproduce.MODELS), list(reproduce.WAYS), None)
-    assert len(set(runs)) == len(runs) == 5 * 2 * (20 + 20 + 10 + 10) + 3 * (20 + 10 + 10)
+    assert len(set(runs)) == len(runs) == 5 * 2 * (20 + 20 + 10 + 10) + 3 * (20 + 10 + 10) + (20 + 10 + 20 + 20)
     numbers = [int(run[3]) for run in runs]
     assert numbers == sorted(numbers)
-    for way in reproduce.RANDOM_WAYS:
+    for way in ("GAS, random clusters", "GAS, training only", "GAS, random clusters, training only"):
         assert {run[:2] for run in runs if run[2] == way} == set(reproduce.RANDOM)
     assert len(reproduce.wanted(["Cora"], ["GCN"], ["GAS"], 3)) == 3
 
@@ -177,6 +184,15 @@ def test_random_clusters_have_a_table():
     record.add("Cora GCN GAS, random clusters, training only", {}, 0, {"test_acc": 0.77})
     text = tables(record, ["Cora"], ["GCN"])
     assert "| GCN | Cora | 77.00 (1) | 81.00 (1) | +4.00 |" in text[text.index("no evaluation fills") :]
+
+
+def test_longer_full_batch_training_has_a_table():
+    record = record_of({
+        "CiteSeer GCN full-batch": [0.7], "CiteSeer GCN GAS": [0.72, 0.73],
+        "CiteSeer GCN full-batch, as many steps": [0.71, 0.74],
+    })  # fmt: skip
+    text = tables(record, ["CiteSeer"], ["GCN"])
+    assert "| GCN | CiteSeer | 72.50 ± 2.12 (2) | 72.50 ± 0.71 (2) | +0.00 ± 1.00 |" in text
 
 
 def test_nothing_measured_is_said():
