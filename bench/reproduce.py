@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import statistics
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -88,14 +89,16 @@ def described(config: TrainConfig) -> dict[str, Any]:
 
 
 def run(dataset: Dataset, config: TrainConfig, cache: str) -> dict[str, Any] | None:
-    """Trains once; None if Ctrl-C ended it."""
+    """Trains once; None if Ctrl-C ended it. `late_test_acc` is the mean over the second half of the epochs."""
     is_sparse = float((dataset.x != 0).float().mean()) <= MAX_DENSITY
     start = time.perf_counter()
     result = train(dataset, replace(config, sparse_features=is_sparse), cache=cache, measure_memory=False)
     if result.interrupted or result.test_acc is None or result.val_acc is None:
         return None
+    late = [record.test_acc for record in result.epochs[len(result.epochs) // 2 :] if record.test_acc is not None]
     return {
         "test_acc": round(result.test_acc, 6),
+        "late_test_acc": round(statistics.mean(late), 6),
         "val_acc": round(result.val_acc, 6),
         "best_epoch": result.best_epoch,
         "seconds": round(time.perf_counter() - start, 1),

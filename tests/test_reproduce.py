@@ -96,7 +96,7 @@ def test_finished_runs_are_not_run_again(tiny, tmp_path, monkeypatch, capsys):
     assert sorted(groups) == ["Cora GCN GAS", "Cora GCN full-batch"]
     runs = groups["Cora GCN GAS"]["seeds"]
     assert list(runs) == ["0", "1"]
-    assert all(0 <= run["test_acc"] <= 1 for run in runs.values())
+    assert all(0 <= run["test_acc"] <= 1 and 0 <= run["late_test_acc"] <= 1 for run in runs.values())
     assert groups["Cora GCN GAS"]["settings"]["fill_histories"] is True
     mean = statistics.mean(100 * run["test_acc"] for run in runs.values())
     assert f"| {mean:.2f} ± " in capsys.readouterr().out
@@ -172,6 +172,20 @@ def test_misses_are_said(full_batch, gas, words):
     assert ("| no |" in text) == bool(words)
     assert all(word in text for word in words)
     assert "Not measured: GAT on Cora" in text
+
+
+def test_a_miss_says_what_is_left_of_it_without_the_choice_of_an_epoch():
+    record = RunRecord(None)
+    for seed, (one, other) in enumerate([(0.80, 0.81), (0.82, 0.80)]):
+        record.add("Cora GAT full-batch", {}, seed, {"test_acc": 0.85, "late_test_acc": one})
+        record.add("Cora GAT GAS", {}, seed, {"test_acc": 0.83, "late_test_acc": other})
+    # a run from before there was such a figure
+    record.add("Cora GAT full-batch", {}, 2, {"test_acc": 0.85})
+    record.add("Cora GAT GAS", {}, 2, {"test_acc": 0.83})
+    (found,) = comparisons(record, ["Cora"], ["GAT"])
+    assert found.misses == [
+        "2.00 points below full-batch (standard error 0.00); without the choice of an epoch -0.50 ± 1.50 (2)"
+    ]
 
 
 def test_random_clusters_have_a_table():
