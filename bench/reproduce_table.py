@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
             found.append(
                 f"{abs(self.difference):.2f} points {side} full-batch"
                 + (f" (standard error {self.paired_error:.2f})" if self.gas.seeds > 1 else " (one seed)")
-                + ("" if self.late is None else f"; without the choice of an epoch {_difference(self.late)}")
+                + ("" if self.late is None else f"; without the choice of an epoch {_late(self)}")
             )
         theirs = published.GAS.get((self.dataset, self.model))
         if theirs is not None and self.gas.mean < theirs[0] - theirs[1] - ROUNDING:
@@ -112,8 +112,9 @@ def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) ->
     for each in main:
         theirs = [cells.get((each.dataset, each.model)) for cells in (published.GAS, published.PGL_METIS)]
         verdict = "yes" if not each.misses else "no"
-        rows.append([*_ways(each), *(f"{pair[0]:.2f} ± {pair[1]:.2f}" if pair else "" for pair in theirs), verdict])
-    header = ["model", "dataset", "full-batch", "GAS", "difference", "GAS in the paper", "GAS by PGL", "as promised"]
+        quoted = [f"{pair[0]:.2f} ± {pair[1]:.2f}" if pair else "" for pair in theirs]
+        rows.append([*_ways(each), _late(each), *quoted, verdict])
+    header = ["model", "dataset", "full-batch", "GAS", "difference", "late", "in the paper", "by PGL", "as promised"]
     texts = [_markdown(header, rows)]
     missed = [f"* {each.model} on {each.dataset}: {'; '.join(each.misses)}." for each in main if each.misses]
     texts += ["Missed:\n\n" + "\n".join(missed)] if missed else []
@@ -121,7 +122,11 @@ def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) ->
     stale = comparisons(record, datasets, models, FRESH, "GAS")
     if stale:
         header = ["model", "dataset", "nothing stale", "GAS", "by histories", "by batches"]
-        rows = [[*_ways(each), _ways(fresh[each.model, each.dataset])[-1]] for each in stale]
+        header += ["late: by histories", "late: by batches"]
+        rows = []
+        for each in stale:
+            batches = fresh[each.model, each.dataset]
+            rows.append([*_ways(each), _ways(batches)[-1], _late(each), _late(batches)])
         texts.append("Histories or batches:\n\n" + _markdown(header, rows))
     random = comparisons(record, datasets, models, "GAS, random clusters", "GAS")
     if random:
@@ -176,8 +181,12 @@ def _ways(each: Comparison) -> list[str]:
     return [each.model, each.dataset, str(each.full_batch), str(each.gas), f"{each.difference:+.2f}{spread}"]
 
 
-def _difference(apart: Cell) -> str:
-    return f"{apart.mean:+.2f}" + (f" ± {apart.error:.2f} ({apart.seeds})" if apart.seeds > 1 else " (1)")
+def _late(each: Comparison) -> str:
+    if each.late is None:
+        return ""
+    return f"{each.late.mean:+.2f}" + (
+        f" ± {each.late.error:.2f} ({each.late.seeds})" if each.late.seeds > 1 else " (1)"
+    )
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
