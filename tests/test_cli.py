@@ -492,7 +492,12 @@ def test_a_real_ctrl_c_ends_the_program(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     command = [sys.executable, "-m", "gas_triton.cli", *TRAIN, "--epochs", "1000000", "--json", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    program = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    # a shell that runs the tests in the background has them, and what they start, ignore the signal
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        program = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert program.stderr is not None
     watchdog = threading.Timer(60, program.kill)
     watchdog.start()
