@@ -104,7 +104,7 @@ def comparisons(
 
 
 def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) -> str:
-    """Accuracy of every cell, what misses, and METIS against random clusters, as Markdown."""
+    """Accuracy of every cell, what misses, what histories and batches do, and METIS against random, as Markdown."""
     main = comparisons(record, datasets, models)
     if not main:
         return f"Not measured: `{COMMAND} --root DATA`"
@@ -118,16 +118,9 @@ def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) ->
     texts = [_markdown(header, rows)]
     missed = [f"* {each.model} on {each.dataset}: {'; '.join(each.misses)}." for each in main if each.misses]
     texts += ["Missed:\n\n" + "\n".join(missed)] if missed else []
-    fresh = {(each.model, each.dataset): each for each in comparisons(record, datasets, models, "full-batch", FRESH)}
     stale = comparisons(record, datasets, models, FRESH, "GAS")
     if stale:
-        header = ["model", "dataset", "nothing stale", "GAS", "by histories", "by batches"]
-        header += ["late: by histories", "late: by batches"]
-        rows = []
-        for each in stale:
-            batches = fresh[each.model, each.dataset]
-            rows.append([*_ways(each), _ways(batches)[-1], _late(each), _late(batches)])
-        texts.append("Histories or batches:\n\n" + _markdown(header, rows))
+        texts.append("Histories or batches:\n\n" + _stale_table(record, stale))
     random = comparisons(record, datasets, models, "GAS, random clusters", "GAS")
     if random:
         texts.append("METIS against random clusters:\n\n" + _random_table(random))
@@ -161,6 +154,16 @@ def _three(found: Comparison | None) -> str:
         return "not measured"
     theirs = published.GAS.get((found.dataset, found.model))
     return f"{found.full_batch.mean:.1f} / {found.gas.mean:.1f}" + (f" ({theirs[0]:.1f})" if theirs else "")
+
+
+def _stale_table(record: RunRecord, found: list[Comparison]) -> str:
+    rows = []
+    for each in found:
+        batches = compare(record, each.dataset, each.model, "full-batch", FRESH)
+        by_batches, late = ("", "") if batches is None else (_ways(batches)[-1], _late(batches))
+        rows.append([*_ways(each), by_batches, _late(each), late])
+    header = ["model", "dataset", "nothing stale", "GAS", "by histories", "by batches"]
+    return _markdown([*header, "late: by histories", "late: by batches"], rows)
 
 
 def _random_table(found: list[Comparison]) -> str:

@@ -203,6 +203,13 @@ def test_what_histories_and_batches_do_has_a_table():
     text = tables(record, ["CiteSeer"], ["GCN"])
     cells = "72.00 ± 2.65 (3) | 71.67 ± 1.53 (3) | -0.33 ± 0.88 | +1.33 ± 0.88 | -1.00 (1) | +3.00 (1) |"
     assert f"| GCN | CiteSeer | {cells}" in text
+    # before there is a full-batch run of the cell
+    record = record_of({
+        "CiteSeer GCN GAS": [0.72], f"CiteSeer GCN {reproduce.FRESH}": [0.71],
+        "Cora GCN GAS": [0.82], "Cora GCN full-batch": [0.82],
+    })  # fmt: skip
+    text = tables(record, ["Cora", "CiteSeer"], ["GCN"])
+    assert "| GCN | CiteSeer | 71.00 (1) | 72.00 (1) | +1.00 |  |  |  |" in text
 
 
 def test_nothing_measured_is_said():
