@@ -30,7 +30,7 @@ from bench.report_tables import (
     scale,
     unmeasured,
 )
-from bench.reproduce_table import summary, tables
+from bench.reproduce_table import summary
 from bench.run_record import RunRecord
 from bench.runner import PARTS
 
@@ -50,8 +50,9 @@ def block(results: Results, name: str) -> str:
         return highlights(results)
     if name in ("reproduction", "reproduction in brief"):
         record = RunRecord(results.folder / reproduce.RESULTS.name)
-        made = tables if name == "reproduction" else summary
-        return made(record, reproduce.DATASETS, reproduce.MODELS)
+        if name == "reproduction":
+            return reproduce.report(record)
+        return summary(record, reproduce.DATASETS, reproduce.MODELS)
     if name == "accuracy":
         return accuracy.tables(accuracy.Record(results.folder / "accuracy-cpu.json"))
     if name == "ablation":

@@ -19,7 +19,9 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +57,56 @@ OFF = (
 )  # fmt: skip
 # ways that are for these cells alone
 CELLS = {way: OFF if way == FRESH else RANDOM for way in list(WAYS)[2:]}
-# every seed has a split of its own
-UNSPLIT = ("CoauthorCS", "CoauthorPhysics", "AmazonComputers", "AmazonPhoto")
+# a seed trains on the split of its number, drawn or published; on other graphs all train on the one that there is
+SPLIT_BY_SEED = ("CoauthorCS", "CoauthorPhysics", "AmazonComputers", "AmazonPhoto", "WikiCS")
 # features with more values than this are kept dense
 MAX_DENSITY = 0.2
-# PyGAS has no settings for this cell: the model of its other GAT cells on the batches of GCN on this graph
-GAT_ON_COMPUTERS = {
+# PyGAS has no settings for GAT on these: the model of its other GAT cells on the batches of GCN on the same graph
+AMAZON = ("AmazonComputers", "AmazonPhoto")
+GAT_ON_AMAZON: dict[str, Any] = {
     "model": "GAT", "hidden": 8, "dropout": 0.6, "lr": 0.005, "epochs": 400,
     "model_options": {"hidden_heads": 8, "out_heads": 1},
 }  # fmt: skip
+
+
+@cache
+def cells() -> dict[tuple[str, str], str]:
+    """The preset of every (dataset, model) that has settings, datasets named as in `gas_triton.datasets`."""
+    found = {}
+    for preset in presets.names():
+        dataset, config = presets.load(preset)
+        found[dataset, config.model] = preset
+    found |= {(dataset, "GAT"): found[dataset, "GCN"] for dataset in AMAZON}
+    return {cell: preset for cell, preset in found.items() if cell[1] in MODELS}
+
+
+def canonical(name: str) -> str:
+    """A dataset's name as `cells` has it; case, `-` and `_` do not matter.
+
+    Raises:
+        ArgumentTypeError: no preset is for that dataset.
+    """
+    names = {_key(dataset): dataset for dataset, _ in cells()}
+    if _key(name) not in names:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names.values())}, got {name!r}")
+    return names[_key(name)]
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def settings(dataset: str, model: str, way: str) -> TrainConfig:
     """The paper's settings of a cell, for seed 0; all seeds share one partition, as in PyGAS.
 
     Args:
-        dataset: a name that `gas_triton.datasets.load` knows.
-        model: one of `MODELS`.
+        dataset: and
+        model: a cell of `cells()`.
         way: a key of `WAYS`.
     """
-    if (dataset, model) == ("AmazonComputers", "GAT"):
-        config = replace(presets.load(f"{dataset}-gcn")[1], **GAT_ON_COMPUTERS)
-    else:
-        config = presets.load(f"{dataset}-{model}")[1]
+    config = presets.load(cells()[dataset, model])[1]
+    if model == "GAT" and dataset in AMAZON:
+        config = replace(config, **GAT_ON_AMAZON)
     # as in PyGAS: an evaluation of the whole graph before the first epoch and after each, which fills the histories
     changes: dict[str, Any] = {"full_evaluation": True, "fill_histories": True, "host_features": True, **WAYS[way]}
     return replace(config, **changes)
@@ -106,35 +135,55 @@ def run(dataset: Dataset, config: TrainConfig, way: str, cache: str) -> dict[str
     }
 
 
-def wanted(datasets: list[str], models: list[str], ways: list[str], seeds: int | None) -> list[tuple[str, ...]]:
+def wanted(
+    datasets: Sequence[str], models: Sequence[str], ways: Sequence[str], seeds: int | None
+) -> list[tuple[str, str, str, int]]:
     """The runs asked for as (dataset, model, way, seed): a first seed of everything before a second one."""
-    cells = [
+    found = [
         (dataset, model, way)
         for model in models
         for dataset in datasets
         for way in ways
-        if (dataset, model) in CELLS.get(way, [(dataset, model)])
+        if (dataset, model) in cells() and (dataset, model) in CELLS.get(way, cells())
     ]
     most = {model: SEEDS[model] if seeds is None else seeds for model in models}
-    return [(*cell, str(seed)) for seed in range(max(most.values())) for cell in cells if seed < most[cell[1]]]
+    return [(*cell, seed) for seed in range(max(most.values())) for cell in found if seed < most[cell[1]]]
+
+
+def report(record: RunRecord, datasets: Sequence[str] = DATASETS, models: Sequence[str] = MODELS) -> str:
+    """The tables of what is finished.
+
+    Args:
+        record: of the finished runs.
+        datasets: named as in `cells`.
+        models: of `MODELS`.
+    """
+    return tables(record, [run[:3] for run in wanted(datasets, models, list(WAYS), 1)])
 
 
 def main() -> None:
     """Runs what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder of npz files and downloads (default: $GAS_TRITON_DATA)")
-    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="any with presets")
+    parser.add_argument(
+        "--datasets", nargs="+", default=list(DATASETS), type=canonical, metavar="NAME",
+        help="any of `gas-triton train --list-presets`; a model that has no settings for one is left out",
+    )  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--seeds", type=int, help="of every cell (default: the paper's number)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds of every cell")
+    numbers = parser.add_mutually_exclusive_group()
+    default = ", ".join(f"{number} of {model}" for model, number in SEEDS.items())
+    numbers.add_argument("--seeds", type=int, help=f"of every cell (default: {default})")
+    numbers.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds of every cell")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where runs are kept (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is finished")
     arguments = parser.parse_args()
+    if not wanted(arguments.datasets, arguments.models, list(WAYS), 1):
+        parser.error(f"no settings for {', '.join(arguments.models)} on {', '.join(arguments.datasets)}")
     record = RunRecord(arguments.json, described(TrainConfig()))
     if not arguments.table:
         _run_all(record, arguments)
-    print(tables(record, arguments.datasets, arguments.models))
+    print(report(record, arguments.datasets, arguments.models))
 
 
 def _run_all(record: RunRecord, arguments: argparse.Namespace) -> None:
@@ -144,13 +193,13 @@ def _run_all(record: RunRecord, arguments: argparse.Namespace) -> None:
     loaded: dict[tuple[str, int], Dataset] = {}
     cache = os.path.join(tempfile.gettempdir(), f"gas_triton-{os.getuid()}")
     bar = tqdm(wanted(arguments.datasets, arguments.models, arguments.ways, seeds), unit="run")
-    for name, model, way, number in bar:
-        bar.set_description(f"{name}, {model}, {way}, seed {number}")
-        config, seed = settings(name, model, way), int(number)
+    for name, model, way, seed in bar:
+        bar.set_description(f"{name}, {model}, {way}, seed {seed}")
+        config = settings(name, model, way)
         record.refresh()
-        if number in record.runs(f"{name} {model} {way}", described(config)):
+        if str(seed) in record.runs(f"{name} {model} {way}", described(config)):
             continue
-        split = seed if name in UNSPLIT else 0
+        split = seed if name in SPLIT_BY_SEED else 0
         if (name, split) not in loaded:
             loaded = {(name, split): load(name, arguments.root, split)}
         values = run(loaded[name, split], replace(config, seed=seed), way, cache)

@@ -12,6 +12,8 @@ from bench.run_record import RunRecord
 
 # a mean of GAS at most this far from that of full-batch training, above or below, in points
 MAX_FROM_FULL_BATCH = 0.5
+# cells of fewer seeds are marked where their number is not shown
+FEW = 5
 # accuracies are shares of some hundred nodes: sums of them in points are off by less
 ROUNDING = 1e-6
 COMMAND = "python -m bench.reproduce"
@@ -103,8 +105,14 @@ def comparisons(
     return [each for each in found if each is not None]
 
 
-def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) -> str:
-    """Accuracy of every cell, what misses, what histories and batches do, and METIS against random, as Markdown."""
+def tables(record: RunRecord, planned: Sequence[tuple[str, str, str]]) -> str:
+    """Accuracy of every cell, what misses, what histories and batches do, and METIS against random, as Markdown.
+
+    Args:
+        record: of the finished runs.
+        planned: every (dataset, model, way) that there should be; one without a run is said not to be measured.
+    """
+    datasets, models, _ = (tuple(dict.fromkeys(names)) for names in zip(*planned, strict=True))
     main = comparisons(record, datasets, models)
     if not main:
         return f"Not measured: `{COMMAND} --root DATA`"
@@ -128,12 +136,11 @@ def tables(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) ->
     if alone:
         texts.append("The same with histories that no evaluation fills:\n\n" + _random_table(alone))
     absent = [
-        f"{model} on {dataset}"
-        for model in models
-        for dataset in datasets
-        if (dataset, model) not in {(each.dataset, each.model) for each in main}
+        f"{model} on {dataset} ({way})"
+        for dataset, model, way in planned
+        if not accuracies(record, dataset, model, way)
     ]
-    texts += [f"Not measured: {', '.join(absent)} (`{COMMAND}`)."] if absent else []
+    texts += [f"Not measured: {', '.join(absent)}: `{COMMAND}`."] if absent else []
     return "\n\n".join([*texts, f"<sub>{record.machine}; `{COMMAND} --root DATA`</sub>"])
 
 
@@ -144,8 +151,11 @@ def summary(record: RunRecord, datasets: Sequence[str], models: Sequence[str]) -
         return f"Not measured: `{COMMAND} --root DATA`"
     rows = [[model, *(_three(found.get((model, dataset))) for dataset in datasets)] for model in models]
     seeds = [each.gas.seeds for each in found.values()]
-    few = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    note = f"full-batch / GAS (GAS in the paper, where verified); {few} seeds a cell; {record.machine}; `{COMMAND}`"
+    span = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    few = f" (\\*: fewer than {FEW})" if min(seeds) < FEW <= max(seeds) else ""
+    note = (
+        f"full-batch / GAS (GAS in the paper, where verified); {span} seeds a cell{few}; {record.machine}; `{COMMAND}`"
+    )
     return f"{_markdown(['', *datasets], rows)}\n\n<sub>{note}</sub>"
 
 
@@ -153,7 +163,8 @@ def _three(found: Comparison | None) -> str:
     if found is None:
         return "not measured"
     theirs = published.GAS.get((found.dataset, found.model))
-    return f"{found.full_batch.mean:.1f} / {found.gas.mean:.1f}" + (f" ({theirs[0]:.1f})" if theirs else "")
+    text = f"{found.full_batch.mean:.1f} / {found.gas.mean:.1f}" + (f" ({theirs[0]:.1f})" if theirs else "")
+    return text + (" \\*" if found.gas.seeds < FEW else "")
 
 
 def _stale_table(record: RunRecord, found: list[Comparison]) -> str:

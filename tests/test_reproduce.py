@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import published, reproduce
-from bench.reproduce_table import Cell, comparisons, tables
+from bench.reproduce_table import Cell, comparisons
 from bench.run_record import RunRecord
 from gas_triton import datasets, presets
 from gas_triton.training import TrainConfig
@@ -51,11 +52,34 @@ def test_the_cell_without_published_settings_has_those_of_its_neighbours():
 def test_first_seeds_of_all_cells_come_first_and_every_model_has_its_number():
     runs = reproduce.wanted(list(reproduce.DATASETS), list(reproduce.MODELS), list(reproduce.WAYS), None)
     assert len(set(runs)) == len(runs) == 5 * 2 * (20 + 20 + 10 + 10) + 3 * (20 + 10 + 10) + (3 * 20 + 3 * 10)
-    numbers = [int(run[3]) for run in runs]
+    numbers = [run[3] for run in runs]
     assert numbers == sorted(numbers)
     for way in ("GAS, random clusters", "GAS, training only", "GAS, random clusters, training only"):
         assert {run[:2] for run in runs if run[2] == way} == set(reproduce.RANDOM)
     assert len(reproduce.wanted(["Cora"], ["GCN"], ["GAS"], 3)) == 3
+
+
+def test_every_dataset_with_settings_can_be_named():
+    assert reproduce.canonical("amazoncomputers") == reproduce.canonical("Amazon-Computers") == "AmazonComputers"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected one of Cora, .*, got 'Corra'"):
+        reproduce.canonical("Corra")
+    assert set(reproduce.DATASETS) <= {reproduce.canonical(dataset) for dataset, _ in reproduce.cells()}
+    for dataset, model in reproduce.cells():
+        config = reproduce.settings(dataset, model, "GAS")
+        assert config.model == model
+        # of the dataset that is trained on, not of one with a like name
+        assert presets.load(reproduce.cells()[dataset, model])[0] == dataset
+    # pairs without settings are left out
+    assert {run[:2] for run in reproduce.wanted(["Reddit2", "AmazonPhoto"], reproduce.MODELS, ["GAS"], 1)} == {
+        ("Reddit2", "GCN"), ("Reddit2", "GCN2"), *(("AmazonPhoto", model) for model in reproduce.MODELS),
+    }  # fmt: skip
+
+
+def test_what_has_no_settings_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["reproduce", "--datasets", "reddit2", "--models", "GAT", "--table"])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "no settings for GAT on Reddit2" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -95,11 +119,38 @@ def test_finished_runs_are_not_run_again(tiny, tmp_path, monkeypatch, capsys):
     assert f"| {mean:.2f} ± " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "splits"), [("WikiCS", [0, 1]), ("AmazonPhoto", [0, 1]), ("Cora", [0])])
+def test_a_seed_has_the_split_of_its_number_where_there_are_many(tiny, name, splits, tmp_path, monkeypatch):
+    loaded: list[int] = []
+
+    def load(name, root, split):
+        loaded.append(split)
+        return datasets.generate(num_nodes=200, num_edges=1200)
+
+    monkeypatch.setattr(reproduce, "load", load)
+    arguments = ["--datasets", name.lower(), "--models", "GCN", "--ways", "GAS", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", ["reproduce", *arguments, "--json", str(tmp_path / "runs.json")])
+    reproduce.main()
+    assert loaded == splits
+    assert tiny == [0, 1]
+
+
 def test_runs_of_other_settings_do_not_count():
     record = RunRecord(None)
     record.add("Cora GCN GAS", {"lr": 0.01}, 0, {"test_acc": 0.5})
     assert record.runs("Cora GCN GAS", {"lr": 0.01, "made_since": True}) == {"0": {"test_acc": 0.5}}
     assert record.runs("Cora GCN GAS", {"lr": 0.1}) == {}
+
+
+def test_committed_runs_are_those_of_the_command():
+    record = RunRecord(reproduce.RESULTS, reproduce.described(TrainConfig()))
+    planned = {run[:3] for run in reproduce.wanted(reproduce.DATASETS, reproduce.MODELS, list(reproduce.WAYS), 1)}
+    assert record.groups.keys() <= {" ".join(cell) for cell in planned}
+    for cell in planned:
+        name = " ".join(cell)
+        done = list(record.groups[name]["seeds"]) if name in record.groups else []
+        runs = record.runs(name, reproduce.described(reproduce.settings(*cell)))
+        assert list(runs) == done, f"{name}: the settings are others than those of the finished runs"
 
 
 def test_a_setting_that_is_new_had_its_default():
@@ -161,10 +212,13 @@ def test_misses_are_said(full_batch, gas, words):
     record = record_of({"Cora GCN full-batch": full_batch, "Cora GCN GAS": gas})
     (found,) = comparisons(record, ["Cora"], ["GCN"])
     assert found.misses == words
-    text = tables(record, ["Cora"], ["GCN", "GAT"])
+    text = reproduce.report(record, ["Cora"], ["GCN", "GAT"])
     assert ("| no |" in text) == bool(words)
     assert all(word in text for word in words)
-    assert "Not measured: GAT on Cora" in text
+    absent = text[text.index("Not measured: ") :]
+    assert "GAT on Cora (full-batch), GAT on Cora (GAS)" in absent
+    assert "GCN on Cora (GAS, random clusters)" in absent
+    assert "GCN on Cora (GAS)," not in absent
 
 
 def test_a_miss_says_what_is_left_of_it_without_the_choice_of_an_epoch():
@@ -185,11 +239,13 @@ def test_random_clusters_have_a_table():
     record = record_of({
         "Cora GCN full-batch": [0.8], "Cora GCN GAS": [0.82], "Cora GCN GAS, random clusters": [0.79],
     })  # fmt: skip
-    assert "| GCN | Cora | 79.00 (1) | 82.00 (1) | +3.00 | 78.12 | 81.40 |" in tables(record, ["Cora"], ["GCN"])
-    assert "no evaluation fills" not in tables(record, ["Cora"], ["GCN"])
+    assert "| GCN | Cora | 79.00 (1) | 82.00 (1) | +3.00 | 78.12 | 81.40 |" in reproduce.report(
+        record, ["Cora"], ["GCN"]
+    )
+    assert "no evaluation fills" not in reproduce.report(record, ["Cora"], ["GCN"])
     record.add("Cora GCN GAS, training only", {}, 0, {"test_acc": 0.81})
     record.add("Cora GCN GAS, random clusters, training only", {}, 0, {"test_acc": 0.77})
-    text = tables(record, ["Cora"], ["GCN"])
+    text = reproduce.report(record, ["Cora"], ["GCN"])
     assert "| GCN | Cora | 77.00 (1) | 81.00 (1) | +4.00 |" in text[text.index("no evaluation fills") :]
 
 
@@ -200,7 +256,7 @@ def test_what_histories_and_batches_do_has_a_table():
     })  # fmt: skip
     for way, late in (("full-batch", 0.70), ("GAS", 0.72), (reproduce.FRESH, 0.73)):
         record.add(f"CiteSeer GCN {way}", {}, 2, {"test_acc": 0.70, "late_test_acc": late})
-    text = tables(record, ["CiteSeer"], ["GCN"])
+    text = reproduce.report(record, ["CiteSeer"], ["GCN"])
     cells = "72.00 ± 2.65 (3) | 71.67 ± 1.53 (3) | -0.33 ± 0.88 | +1.33 ± 0.88 | -1.00 (1) | +3.00 (1) |"
     assert f"| GCN | CiteSeer | {cells}" in text
     # before there is a full-batch run of the cell
@@ -208,9 +264,11 @@ def test_what_histories_and_batches_do_has_a_table():
         "CiteSeer GCN GAS": [0.72], f"CiteSeer GCN {reproduce.FRESH}": [0.71],
         "Cora GCN GAS": [0.82], "Cora GCN full-batch": [0.82],
     })  # fmt: skip
-    text = tables(record, ["Cora", "CiteSeer"], ["GCN"])
+    text = reproduce.report(record, ["Cora", "CiteSeer"], ["GCN"])
     assert "| GCN | CiteSeer | 71.00 (1) | 72.00 (1) | +1.00 |  |  |  |" in text
 
 
 def test_nothing_measured_is_said():
-    assert tables(RunRecord(None), ["Cora"], ["GCN"]) == "Not measured: `python -m bench.reproduce --root DATA`"
+    assert (
+        reproduce.report(RunRecord(None), ["Cora"], ["GCN"]) == "Not measured: `python -m bench.reproduce --root DATA`"
+    )
