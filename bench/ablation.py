@@ -76,6 +76,7 @@ class Case:
         make: the graph, given the folder of the data.
         config: full-batch, for seed 0.
         strength: of the regularisation: the one of `STRENGTHS` with the best validation accuracy (`--choose`).
+        choice_epochs: of the runs that choose it.
         seeds: of the table.
     """
 
@@ -84,6 +85,7 @@ class Case:
     make: Callable[[str | None], Dataset]
     config: TrainConfig
     strength: float
+    choice_epochs: int
     seeds: int
 
 
@@ -98,6 +100,7 @@ CASES = {
             full_evaluation=True, sparse_features=True, host_features=True,
         ),
         strength=1.0,
+        choice_epochs=30,
         seeds=3,
     ),
     "gin": Case(
@@ -110,6 +113,7 @@ CASES = {
             lr=0.003, epochs=60, eval_every=2, num_parts=360, batch_size=36, full_evaluation=True, host_features=True,
         ),
         strength=1.0,
+        choice_epochs=20,
         seeds=3,
     ),
 }  # fmt: skip
@@ -183,7 +187,7 @@ def to_choose(cases: list[str], seeds: int | None = None, epochs: int | None = N
         Wanted(
             case,
             f"{case}: strength {strength:g}",
-            replace(settings(case, way, epochs, strength), seed=CHOICE_SEED + seed),
+            replace(settings(case, way, epochs or CASES[case].choice_epochs, strength), seed=CHOICE_SEED + seed),
         )
         for case in cases
         for seed in range(seeds or 1)

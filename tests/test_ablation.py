@@ -106,7 +106,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Case:
         model_options={"linear": True, "residual": True, "perceptron_norm": True, "running_statistics": False},
         full_evaluation=True,
     )  # fmt: skip
-    case = Case("tiny", "two", lambda root: cluster_like(12, 0), config, strength=0.1, seeds=2)
+    case = Case("tiny", "two", lambda root: cluster_like(12, 0), config, strength=0.1, choice_epochs=2, seeds=2)
     monkeypatch.setattr(ablation, "CASES", {"tiny": case})
     return case
 
@@ -167,9 +167,20 @@ def test_a_strength_is_chosen_with_other_seeds(tiny: Case) -> None:
     chosen = to_choose(["tiny"], seeds=2)
     assert [run.config.lipschitz for run in chosen[:3]] == list(ablation.STRENGTHS)
     assert {run.config.partition for run in chosen} == {"metis"}
+    assert {run.config.epochs for run in chosen} == {2}
     seeds = {run.config.seed for run in chosen}
     assert len(seeds) == 2
     assert not seeds & {run.config.seed for run in wanted(["tiny"], list(WAYS))}
+
+
+def test_committed_runs_are_those_of_the_command() -> None:
+    record = RunRecord(ablation.RESULTS)
+    groups = {
+        run.group: described(run.case, run.config) for run in wanted(list(CASES), list(WAYS)) + to_choose(list(CASES))
+    }
+    assert record.groups.keys() == groups.keys()
+    for group, config in groups.items():
+        assert record.runs(group, config), f"{group}: the settings are others than those of the finished runs"
 
 
 def test_quick_command_leaves_the_results_alone(
