@@ -31,7 +31,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--nodes", type=int, default=100_000, help="of the generated graph")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the rows in the files")
-parser.add_argument("--folder", help="for the files, on a fast local disk (default: a temporary one)")
+parser.add_argument("--folder", help="a new one for the files, on a fast local disk (default: temporary)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 args = parser.parse_args()
 torch.manual_seed(0)

@@ -21,7 +21,7 @@ from gas_triton.nn import GCNConv
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--nodes", type=int, default=20_000, help="of the generated graph")
 parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--folder", help="for the checkpoint (default: a temporary one)")
+parser.add_argument("--folder", help="a new one for the checkpoint (default: temporary)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 args = parser.parse_args()
 
@@ -89,6 +89,8 @@ def train(epochs: int, folder: Path | None = None) -> torch.Tensor:
 
 
 folder = Path(args.folder or tempfile.mkdtemp(prefix="resume-")) / "checkpoint"
+if folder.exists():
+    parser.error(f"--folder: {folder} is of another run; delete it, or name another folder")
 print("without a break")
 whole = train(args.epochs)
 print("stopped in the middle")

@@ -46,6 +46,8 @@ class Diagnoses:
         self.json: Path | None = args.diagnose_json
         self.plot: Path | None = args.diagnose_plot
         self.say, self.found = say, list[tuple[int, "Diagnosis"]]()
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"--diagnose must be at least 1 epoch, got {self.every}")
         if self.every is None and (self.gradients or self.json is not None or self.plot is not None):
             raise ValueError("--diagnose-json, --diagnose-plot and --diagnose-gradients need --diagnose EPOCHS")
         for flag, file in (("--diagnose-json", self.json), ("--diagnose-plot", self.plot)):

@@ -212,8 +212,8 @@ def load(
         raise ValueError(f"name: expected one of {known} (.npz files from {folder}), got {name!r}")
     name = pyg.get(key) or ogb[key]
     # Imported before the try: a missing package is not a failed download. ogb needs torch_geometric for its graphs.
-    package = _import("torch_geometric.datasets", name)
-    package = package if key in pyg else _import("ogb.nodeproppred", name)
+    package = _import("torch_geometric.datasets", name, folder)
+    package = package if key in pyg else _import("ogb.nodeproppred", name, folder)
     try:
         fields = _read_pyg(package, name, folder) if key in pyg else _read_ogb(package, name, folder)
     except Exception as error:  # whatever their download, archive and pickle layers raise
@@ -326,12 +326,14 @@ def _shchur_split(y: Tensor, seed: int) -> dict[str, Tensor]:
     return masks | {"test_mask": ~(masks["train_mask"] | masks["val_mask"])}
 
 
-def _import(module: str, name: str) -> ModuleType:
+def _import(module: str, name: str, root: Path) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise MissingPackageError(f"{name} needs {package} ({error}): pip install 'gas-triton[pyg]'") from error
+        raise MissingPackageError(
+            f"{name} needs {package} ({error}): pip install 'gas-triton[pyg]', or put {name}.npz into {root}"
+        ) from error
 
 
 def _data_root(root: str | os.PathLike[str] | None) -> Path:

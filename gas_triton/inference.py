@@ -28,7 +28,7 @@ def inference(
     The loader is swept once for each layer. A sweep runs the model on every batch up to the layer whose inputs are not
     yet known everywhere, keeps that layer's input rows in host memory, and stops there; the next sweep computes the
     layer from them. Layers already computed answer from their kept outputs, so each is computed exactly once for each
-    batch (layer-wise inference: Hamilton et al., NeurIPS 2017; Fey et al., ICML 2021, section 5), and so are
+    batch (layer-wise inference: Hamilton et al., NeurIPS 2017; Fey et al., ICML 2021), and so are
     `nn.Linear` modules in front of the first. What else the model does is done in every sweep.
 
     Histories are not read, and written only where `fill_histories` says so. The model is evaluated in `eval()` mode,

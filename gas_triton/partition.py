@@ -32,7 +32,7 @@ class PartitionStats:
         edge_cut: share of the edges whose ends lie in different clusters.
         halo_rows: out-of-batch neighbours of a batch, mean over the batches of one epoch.
         halo_ratio: `halo_rows` over the in-batch rows.
-        inter_intra_ratio: edges between batches over edges within them (Fey et al., ICML 2021, section 3).
+        inter_intra_ratio: edges between batches over edges within them (Fey et al., ICML 2021).
         balance: largest cluster over the mean cluster.
     """
 

@@ -67,7 +67,7 @@ class PartitionRecord:
         num_batches: batches of an epoch.
         edge_cut: share of the edges whose ends lie in different clusters.
         halo_ratio: halo rows over in-batch rows, H / B, over all batches of an epoch.
-        inter_intra_ratio: edges between batches over edges within them (Fey et al., ICML 2021, section 3).
+        inter_intra_ratio: edges between batches over edges within them (Fey et al., ICML 2021).
         balance: largest cluster over the mean cluster.
         rows: B, mean of the batches.
         halo_rows: H, mean of the batches.

@@ -24,7 +24,7 @@ class LipschitzPenalty:
     r"""Penalises layers that turn a small change of their input into a large one of their output.
 
     A history is a little out of date, and what that costs grows with the Lipschitz constants of the layers behind it
-    (Fey et al., ICML 2021, section 4). For L layers that can read histories,
+    (Fey et al., ICML 2021). For L layers that can read histories,
 
         s / (L - 1) sum_l mean_i || f_l(h)_i - f_l(h + sigma e)_i ||_2,    e from N(0, 1)
 

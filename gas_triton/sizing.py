@@ -4,7 +4,7 @@
 
 Between steps stay parameters with Adam's two moments, the graph, features and labels, and the histories: N rows for
 each layer but the first. A step's own memory depends on the batch alone, on its B in-batch rows, H halo rows and E
-edges, and not on N: that is the promise of GNNAutoScale (Fey et al., ICML 2021, section 4).
+edges, and not on N: that is the promise of GNNAutoScale (Fey et al., ICML 2021).
 
 `gas_triton.sizing_step` goes through a step tensor by tensor. Counted are tensors that grow with the batch or the
 model; scalars are not.

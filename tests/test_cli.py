@@ -427,14 +427,14 @@ def test_sizes_are_for_the_generated_graph_only(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("name", ["Reddit", "ogbn-arxiv"])
 def test_a_missing_package_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:
     for module in ("torch_geometric", "torch_geometric.datasets", "ogb", "ogb.nodeproppred"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(["train", "--dataset", name]) == 2
+    assert cli.main(["train", "--dataset", name, "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"gas-triton: error: {name} needs torch_geometric")
-    assert error.endswith("pip install 'gas-triton[pyg]'\n")
+    assert error.endswith(f"pip install 'gas-triton[pyg]', or put {name}.npz into {tmp_path}\n")
 
 
 def test_arguments_that_do_not_parse_show_the_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -362,7 +362,7 @@ def test_names_map_to_torch_geometric(
         calls.append((root, kwargs))
         return [published]
 
-    monkeypatch.setattr(datasets, "_import", lambda module, name: SimpleNamespace(**{class_name: dataset}))
+    monkeypatch.setattr(datasets, "_import", lambda module, name, root: SimpleNamespace(**{class_name: dataset}))
     data = load(name, tmp_path, normalize_features=False)
     assert calls == [(str(tmp_path / class_name), arguments)]
     assert torch.equal(data.edge_index, published["edge_index"])
@@ -409,7 +409,7 @@ def test_a_set_of_graphs_is_one_graph_without_edges_between_them(
         calls.append((root, kwargs))
         return splits[split]
 
-    monkeypatch.setattr(datasets, "_import", lambda module, name: SimpleNamespace(**{class_name: dataset}))
+    monkeypatch.setattr(datasets, "_import", lambda module, name, root: SimpleNamespace(**{class_name: dataset}))
     data = load(name, tmp_path)
     assert calls == [(str(tmp_path / class_name), arguments)] * 3
     assert (data.num_nodes, data.num_edges, data.multi_label) == (21, 63, multi_label)
@@ -463,10 +463,12 @@ def test_missing_packages_and_failed_downloads_say_what_to_do(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(datasets.importlib, "import_module", absent)
         for name in ("Reddit", "ogbn-arxiv"):
-            with pytest.raises(ImportError, match=rf"{name} needs torch_geometric .*pip install 'gas-triton\[pyg\]'"):
+            with pytest.raises(
+                ImportError, match=rf"{name} needs torch_geometric .*pip install 'gas-triton\[pyg\]', or put {name}.npz"
+            ):
                 load(name, tmp_path)
     package = SimpleNamespace(Reddit=offline, __name__="torch_geometric.datasets")
-    monkeypatch.setattr(datasets, "_import", lambda module, name: package)
+    monkeypatch.setattr(datasets, "_import", lambda module, name, root: package)
     with pytest.raises(RuntimeError, match=r"Reddit: torch_geometric.*service not known.*put the file Reddit.npz") as e:
         load("reddit", tmp_path)
     assert str(tmp_path) in str(e.value)

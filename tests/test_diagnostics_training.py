@@ -155,7 +155,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--diagnose-json", "x.json"], "need --diagnose EPOCHS"),
         (["--diagnose-gradients"], "need --diagnose EPOCHS"),
         (["--diagnose", "2", "--full-batch"], "diagnose needs a run with histories"),
-        (["--diagnose", "0"], "diagnose_every must be a positive int"),
+        (["--diagnose", "0"], "--diagnose must be at least 1 epoch, got 0"),
     ],
 )
 def test_command_line_says_what_is_wrong(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

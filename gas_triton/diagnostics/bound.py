@@ -1,4 +1,7 @@
-"""How far the error of histories can reach: Theorem 2 of Fey et al. (ICML 2021), and the recursion behind it."""
+"""How far the error of histories can reach: Theorem 2 of Fey et al. (ICML 2021), and the recursion behind it.
+
+Both are derived here, from the Lipschitz constants of the layers as they are: the theorem has the form of the paper's.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def uniform_bounds(
 
     `E_{l+1} = k_own E_l + k_neighbours D (E_l + eps_l)`, with eps_l the largest distance between a row in the history
     and the same row computed now, and D what the spread makes of the most neighbours: their number times the largest
-    weight for a sum, 1 for a mean. Without own rows and residuals this is the theorem's
+    weight for a sum, 1 for a mean. Without own rows and residuals this is the paper's
     `sum_l eps_l (k_1 k_2 |N(v)|)^(L - l)`.
 
     Args:

@@ -31,7 +31,7 @@ Halo = Tensor | Quantized
 class HistoryStore(StoredRows):
     """The history of one layer's input: table [N, D] of the rows last pushed, and when.
 
-    Rows that were never pushed are 0 (Fey et al., ICML 2021, section 4). Not a module and not a buffer: a cast of the
+    Rows that were never pushed are 0 (Fey et al., ICML 2021). Not a module and not a buffer: a cast of the
     model does not touch it, and no gradient flows into it.
 
     Args:
