@@ -13,7 +13,7 @@ from gas_triton.diagnostics.estimate import estimate_links, lift_last, lifted, p
 from gas_triton.diagnostics.gradients import Loss, gradient_bias
 from gas_triton.diagnostics.passes import Measured, evaluation, measure
 from gas_triton.diagnostics.report import Diagnosis, LayerDiagnosis, OutputDiagnosis
-from gas_triton.diagnostics.statistics import degree_groups, grouped, relative_error, summarize
+from gas_triton.diagnostics.statistics import degree_groups, grouped, summarize
 from gas_triton.diagnostics.wiring import Link, wiring_of
 from gas_triton.history import ReadsHistory
 from gas_triton.inference import Forward, LayerRows, call_with_x, exact_rows
@@ -124,10 +124,7 @@ def _describe(
 ) -> tuple[list[LayerDiagnosis], OutputDiagnosis]:
     graph, pulls = loader.graph, measured.pulls
     is_pulled = pulls > 0
-    staleness = {
-        place: float(found.stale[is_pulled].max()) if bool(is_pulled.any()) else 0.0
-        for place, found in measured.layers.items()
-    }
+    staleness = {place: float((found.stale * is_pulled).max()) for place, found in measured.layers.items()}
     errors = {place: found.history for place, found in measured.layers.items()}
     bounds = node_bounds(edges, gains, links, errors)
     if not measured.is_direct:
@@ -144,27 +141,30 @@ def _describe(
         layer: Any = exact[place].layer
         store, link, gain = layer.history, links[place], gains[place]
         age = store.age().to(pulls.device)
-        was_pushed = age >= 0
-        total = int(pulls.sum())
-        relative, is_zero = found.history / found.norm, found.norm == 0
+        was_pushed, is_zero = age >= 0, found.norm == 0
+        of_age, error, relative, computed = summarize(
+            (age, found.history, found.history / found.norm.where(~is_zero, 1.0), found.computed),
+            (pulls * was_pushed, pulls, pulls * ~is_zero, None),
+        )
+        by_degree, relative_error = grouped(degree, of_degree, found.history, found.norm, pulls)
+        by_distance, computed_relative = grouped(hops, of_hops, found.computed, found.norm)
+        total = error.count
         layers.append(
             LayerDiagnosis(
                 name=_name(names, exact, place), place=place, width=store.dim,
                 dtype=str(store.dtype).removeprefix("torch."), tier=store.tier,
-                pulls=total, rows=int(is_pulled.sum()), never=int(pulls[~was_pushed].sum()) / max(total, 1),
-                age=summarize(age, pulls * was_pushed), error=summarize(found.history, pulls),
-                relative=summarize(relative, pulls * ~is_zero), zero_rows=int(pulls[is_zero].sum()),
-                relative_error=relative_error(found.history, found.norm, pulls),
-                by_degree=grouped(degree, of_degree, found.history, found.norm, pulls),
-                computed=summarize(found.computed), computed_relative=relative_error(found.computed, found.norm),
-                by_distance=grouped(hops, of_hops, found.computed, found.norm), staleness=staleness[place],
+                pulls=total, rows=int(is_pulled.sum()), never=(total - of_age.count) / max(total, 1),
+                age=of_age, error=error, relative=relative, zero_rows=total - relative.count,
+                relative_error=relative_error, by_degree=by_degree, computed=computed,
+                computed_relative=computed_relative, by_distance=by_distance, staleness=staleness[place],
                 lipschitz=gain, behind=link.norm * link.factor, is_exact=gain.is_exact and link.is_exact,
                 bound=_finite(float(bounds.inputs[place].max())), theorem=_finite(theorem[place]),
             )
         )  # fmt: skip
+    error, bound = summarize((measured.out_error, bounds.output), (None, None))
+    by_distance, relative_error = grouped(hops, of_hops, measured.out_error, measured.out_norm)
     output = OutputDiagnosis(
-        error=summarize(measured.out_error), relative_error=relative_error(measured.out_error, measured.out_norm),
-        by_distance=grouped(hops, of_hops, measured.out_error, measured.out_norm), bound=summarize(bounds.output),
+        error=error, relative_error=relative_error, by_distance=by_distance, bound=bound,
         theorem=_finite(theorem_of_output), is_rigorous=all(gain.is_exact for gain in gains.values())
         and all(link.is_exact for link in links[min(gains) :]),
     )  # fmt: skip

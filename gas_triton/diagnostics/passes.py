@@ -138,12 +138,13 @@ class _Compare:
         self.measured, self.exact = measured, exact
         self.place, self.device = 0, torch.device("cpu")
         self.first_place = min(measured.layers)
+        self.once = measured.pulls.new_ones(())
 
     def begin(self, batch: Batch) -> None:
         self.place, self.device = 0, batch.device
         spans = batch.spans.tolist()
         self.measured.spans.append((spans[0][0], spans[-1][1]))
-        self.measured.pulls[batch.halo_ids] += 1
+        self.measured.pulls.index_add_(0, batch.halo_ids, self.once.expand(batch.num_halo))
 
     def call(self, layer: Any, compute: Forward, x: Any, *args: Any, **options: Any) -> Tensor:
         place, self.place = self.place, self.place + 1
