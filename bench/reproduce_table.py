@@ -105,12 +105,13 @@ def comparisons(
     return [each for each in found if each is not None]
 
 
-def tables(record: RunRecord, planned: Sequence[tuple[str, str, str]]) -> str:
+def tables(record: RunRecord, planned: Sequence[tuple[str, str, str]], remedies: Sequence[str] = ()) -> str:
     """Accuracy of every cell, what misses, what histories and batches do, and METIS against random, as Markdown.
 
     Args:
         record: of the finished runs.
         planned: every (dataset, model, way) that there should be; one without a run is said not to be measured.
+        remedies: ways that may bring a cell closer to full-batch.
     """
     datasets, models, _ = (tuple(dict.fromkeys(names)) for names in zip(*planned, strict=True))
     main = comparisons(record, datasets, models)
@@ -129,6 +130,9 @@ def tables(record: RunRecord, planned: Sequence[tuple[str, str, str]]) -> str:
     stale = comparisons(record, datasets, models, FRESH, "GAS")
     if stale:
         texts.append("Histories or batches:\n\n" + _stale_table(record, stale))
+    closer = [(way, each) for way in remedies for each in comparisons(record, datasets, models, "full-batch", way)]
+    if closer:
+        texts.append("With other settings than the paper's:\n\n" + _remedy_table(closer))
     random = comparisons(record, datasets, models, "GAS, random clusters", "GAS")
     if random:
         texts.append("METIS against random clusters:\n\n" + _random_table(random))
@@ -175,6 +179,11 @@ def _stale_table(record: RunRecord, found: list[Comparison]) -> str:
         rows.append([*_ways(each), by_batches, _late(each), late])
     header = ["model", "dataset", "nothing stale", "GAS", "by histories", "by batches"]
     return _markdown([*header, "late: by histories", "late: by batches"], rows)
+
+
+def _remedy_table(found: list[tuple[str, Comparison]]) -> str:
+    rows = [[*_ways(each)[:2], way, *_ways(each)[2:], _late(each)] for way, each in found]
+    return _markdown(["model", "dataset", "way", "full-batch", "this way", "difference", "late"], rows)
 
 
 def _random_table(found: list[Comparison]) -> str:
