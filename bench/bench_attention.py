@@ -9,6 +9,7 @@ parameters and read the rows of one tensor [B + H, F]; what depends on the batch
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,15 +38,16 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             "attention",
             {"pass": which, "in": shape[0], "heads": shape[1], "features": shape[2]},
-            lambda shape=shape, which=which: make(setting, *shape, which),
+            functools.partial(make, setting, shape, which),
         )
         for shape in setting.choose(SHAPES, SHAPES[:2], [(8, 2, 4)])
         for which in PASSES
     ]
 
 
-def make(setting: Setting, in_channels: int, heads: int, width: int, which: str) -> Group:
+def make(setting: Setting, shape: tuple[int, int, int], which: str) -> Group:
     """A batch and a layer of the given shape."""
+    in_channels, heads, width = shape
     torch.manual_seed(0)
     full = 100_000 if setting.device.type == "cuda" else 20_000
     batch = random_batch(setting.choose(full, full // 4, 40), setting.choose(DEGREE, DEGREE, 5), device=setting.device)

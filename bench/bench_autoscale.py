@@ -117,11 +117,13 @@ def calls(name: str, problem: Problem, has_history: bool) -> dict[str, Callable[
             table[first:last] = x.detach()
             rows = torch.cat([x, table.index_select(0, batch.halo_ids)])
         out = layer((rows, rows[:num_nodes]) if takes_pair else rows, edge_index, **edges)[:num_nodes]
-        return torch.autograd.grad(out.sum(), [x, *layer.parameters()], allow_unused=True) and out
+        torch.autograd.grad(out.sum(), [x, *layer.parameters()], allow_unused=True)
+        return out
 
     def ours() -> Tensor:
         out = wrapped(x, batch, **edges)
-        return torch.autograd.grad(out.sum(), [x, *wrapped.parameters()], allow_unused=True) and out
+        torch.autograd.grad(out.sum(), [x, *wrapped.parameters()], allow_unused=True)
+        return out
 
     return {OURS: ours, RAW: raw}
 

@@ -9,7 +9,8 @@ of the edges. All ways have the same parameters; what depends on the batch alone
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,7 +39,7 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             "dynamic_attention",
             {"layer": name, "pass": which, "heads": shape[0], "features": shape[1], "edge_features": shape[2]},
-            lambda name=name, shape=shape, which=which: make(setting, name, *shape, which),
+            functools.partial(make, setting, name, shape, which),
         )
         for name in LAYERS
         for shape in shapes
@@ -46,16 +47,17 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
-def make(setting: Setting, name: str, heads: int, width: int, edge_dim: int, which: str) -> Group:
+def make(setting: Setting, name: str, shape: tuple[int, int, int], which: str) -> Group:
     """A batch and a layer of the given shape."""
+    heads, width, edge_dim = shape
     torch.manual_seed(0)
     device, in_channels = setting.device, setting.choose(IN_CHANNELS, IN_CHANNELS, 8)
     full = 100_000 if device.type == "cuda" else 10_000
     batch = random_batch(setting.choose(full, full // 4, 30), setting.choose(DEGREE, DEGREE, 5), device=device)
-    kind, options = (GATv2Conv, {"add_self_loops": False}) if name == "GATv2Conv" else (TransformerConv, {})
-    conv = kind(in_channels, width, heads, edge_dim=edge_dim or None, **options).to(device)
-    x = torch.randn(batch.num_nodes + batch.num_halo, in_channels, device=device)
     is_gatv2 = name == "GATv2Conv"
+    kind: Any = functools.partial(GATv2Conv, add_self_loops=False) if is_gatv2 else TransformerConv
+    conv = kind(in_channels, width, heads, edge_dim=edge_dim or None).to(device)
+    x = torch.randn(batch.num_nodes + batch.num_halo, in_channels, device=device)
     traffic = attention_traffic(
         batch, in_channels, heads * width, heads, which, linears=1 if is_gatv2 else 2, own_linears=1 if is_gatv2 else 2,
         sources=1 if is_gatv2 else 2, is_dynamic=True, edge_dim=edge_dim or None,

@@ -68,6 +68,7 @@ def make(setting: Setting, name: str) -> Group:
     if reason := missing_pyg():
         missing = dict.fromkeys((PYG, NEIGHBOURS), reason)
         return Group(ways, missing)
+    assert isinstance(loader.x, Tensor)
     convs = [pyg_conv(conv) for conv in model.convs]
     edge_index, weight = loader.graph.edge_index(), loader.graph.weight
     ways[PYG] = functools.partial(evaluate_pyg, model, convs, loader.x, edge_index, weight)

@@ -56,7 +56,7 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             "multi_aggregate",
             {"kind": kind, "pass": which, "features": num_features},
-            lambda kind=kind, which=which, num_features=num_features: make(setting, kind, which, num_features),
+            functools.partial(make, setting, kind, which, num_features),
         )
         for kind in KINDS
         for num_features in setting.choose([64, 128], [64], [8])

@@ -123,7 +123,8 @@ def measure(setting: Setting, root: str | None = None) -> list[Row]:
         rows += found
         setting.progress.add(found)
     size = setting.choose((50_000, 1_000_000), (10_000, 200_000), (300, 2400))
-    found = measure_dataset(generate(*size), Case(*setting.choose((40, 10), (40, 10), (8, 2)), 3, 64))
+    num_parts, batch_size = setting.choose((40, 10), (40, 10), (8, 2))
+    found = measure_dataset(generate(*size), Case(num_parts, batch_size, layers=3, hidden=64))
     setting.progress.add(found)
     return rows + found
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -38,22 +38,24 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             "sparse_rows",
             {"pass": which, "rows": shape[0], "in": shape[1], "values a row": shape[2], "out": shape[3]},
-            lambda shape=shape, which=which: make(setting, *shape, which),
+            functools.partial(make, setting, shape, which),
         )
         for shape in setting.choose(SHAPES, SHAPES[1:], [(40, 30, 4, 8)])
         for which in PASSES
     ]
 
 
-def make(setting: Setting, num_rows: int, num_features: int, row_values: int, width: int, which: str) -> Group:
+def make(setting: Setting, shape: tuple[int, int, int, int], which: str) -> Group:
     """Features and a weight."""
+    num_rows, num_features, row_values, width = shape
     torch.manual_seed(0)
     device = setting.device
     col = torch.rand(num_rows, num_features, device=device).topk(row_values).indices
     dense = torch.zeros(num_rows, num_features, device=device).scatter_(1, col, torch.rand(col.shape, device=device))
     weight = torch.randn(width, num_features, device=device, requires_grad=which == BOTH)
     grad = torch.randn(num_rows, width, device=device)
-    rows = SparseRows.of(dense)
+    # a linear layer takes them as it takes a tensor
+    rows: Any = SparseRows.of(dense)
     with warnings.catch_warnings():
         # that CSR is in beta
         warnings.simplefilter("ignore", UserWarning)

@@ -189,7 +189,7 @@ def make(setting: Setting, name: str, tier: str) -> Group:
     """Ways to train without dropout, which give losses."""
     ours, theirs = makers(setting, name, tier)
     steps = min(3, len(prepare(setting, name)[1]))
-    ways = {OURS: ours(), PYGAS: theirs()}
+    ways: dict[str, Training | PygasTraining] = {OURS: ours(), PYGAS: theirs()}
     # losses differ by rounding, which Adam's first steps magnify
     return Group({way: functools.partial(losses, training, steps) for way, training in ways.items()}, tolerance=1e-3)
 
@@ -250,8 +250,8 @@ def measure_ways(
     taken = interleave(calls, warmup=1, device=device, seconds=setting.seconds)
     seconds = {name: [value / counts[name] for value in values] for name, values in taken.items()}
     is_full = FULL_BATCH in ways
-    nodes = sum(batch.num_nodes for batch in itertools.islice(loader.in_order(), steps))
-    nodes = loader.graph.num_nodes if is_full else nodes / steps
+    seen = sum(batch.num_nodes for batch in itertools.islice(loader.in_order(), steps))
+    nodes = loader.graph.num_nodes if is_full else seen / steps
     rows = []
     for name, way in ways.items():
         median = statistics.median(seconds[name])

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class Problem:
         place[order] = torch.arange(nodes)
         return Graph.from_edge_index(place[pairs], weight, num_nodes=nodes).to(device or self.device)
 
-    def loader(self, kind: str = "directed", device: torch.device | None = None, **tensors: Tensor) -> ClusterLoader:
+    def loader(self, kind: str = "directed", device: torch.device | None = None, **tensors: Any) -> ClusterLoader:
         """Five clusters."""
         graph = self.graph(kind, device)
         sizes = [700, 600, 900, 800, 1000] if self.is_large else [7, 6, 9, 8, 10]
@@ -200,18 +201,19 @@ def _num_different(a: Tensor, b: Tensor) -> int:
 @contextmanager
 def poisoned(on: bool = True) -> Iterator[None]:
     """Fills what `torch.empty` gives with NaN, or with the largest integer."""
+    memory: Any = torch.utils.deterministic
     modes = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        memory.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(on, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = on
+    memory.fill_uninitialized_memory = on
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
-        torch.utils.deterministic.fill_uninitialized_memory = modes[2]
+        memory.fill_uninitialized_memory = modes[2]
 
 
 def edges_of(batch: Batch, has_halo: bool = True) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def _dynamic(
             leaves["edge"] = draw.normal(batch.num_edges, heads, width, dtype=dtype)
         grad = draw.normal(batch.num_nodes, heads, width, dtype=dtype)
 
-        def ours(query: Tensor, key: Tensor, value: Tensor | None = None, **others: Tensor) -> Tensor:
+        def ours(query: Tensor, key: Tensor, value: Tensor | None = None, **others: Any) -> Tensor:
             return functional.dynamic_attention(
                 query, key, value, batch, score=score, dropout=dropout, seed=draw.seed if dropout else None, halo=halo,
                 **others,
@@ -144,6 +144,7 @@ def _dynamic(
             if score == "dot":
                 logit = (left * right).sum(2) / math.sqrt(width)
             else:
+                assert att is not None
                 logit = (F.leaky_relu(left + right, 0.2) * att).sum(2)
             weight = _dropped(softmaxed(logit, target, batch.num_nodes), dropout, draw.seed)
             return scattered(weight[:, :, None] * carried, target, batch.num_nodes, "sum")

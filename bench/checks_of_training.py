@@ -296,7 +296,7 @@ def _step(model: nn.Module, x: Tensor, batch: Batch, tables: list[Tensor]) -> Te
     source, target = edges_of(batch)
     assert batch.edge_weight is not None
     weight = batch.edge_weight.double()[:, None]
-    for place, conv in enumerate(model.convs):  # type: ignore[arg-type, union-attr]
+    for place, conv in enumerate(model.convs):  # type: ignore[arg-type]
         if place > 0:
             table = tables[place - 1]
             x = x.relu()
@@ -317,10 +317,10 @@ def _infer(dtype: torch.dtype) -> Any:
         def exact() -> Values:
             graph, exact_model = loader.graph, copy.deepcopy(model).double()
             assert graph.weight is not None
-            assert loader.x is not None
+            assert isinstance(loader.x, Tensor)
             target = torch.repeat_interleave(graph.rowptr.long().diff())
             x = loader.x.double()
-            for place, conv in enumerate(exact_model.convs):  # type: ignore[arg-type, union-attr]
+            for place, conv in enumerate(exact_model.convs):  # type: ignore[arg-type]
                 x = x.relu() if place > 0 else x
                 message = x[graph.col.long()] * graph.weight.double()[:, None]
                 x = scattered(message, target, graph.num_nodes, "sum") @ conv.lin.weight.T + conv.bias

@@ -12,6 +12,7 @@ wait, hold for every version of torch. The other facts are compared only with th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -182,12 +183,12 @@ CASES: dict[str, Callable[[], Counted]] = {
     "GCN pinned bfloat16": lambda: train("GCN", "pinned", torch.bfloat16),
     "GAT": lambda: train("GAT"),
     "GATv2 and Transformer": lambda: train("dynamic"),
-    **{name: lambda name=name: train(name) for name in ("SAGE", "GIN", "APPNP", "GCN2", "PNA")},  # type: ignore[misc]
+    **{name: functools.partial(train, name) for name in ("SAGE", "GIN", "APPNP", "GCN2", "PNA")},
     "GAT full batch": lambda: train("GAT", None),
     "inference of GCN": infer,
     "plan": plan,
     **{
-        f"history {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: move(dtype)  # type: ignore[misc]
+        f"history {str(dtype).removeprefix('torch.')}": functools.partial(move, dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
     },
 }  # fmt: skip
@@ -233,7 +234,7 @@ def differences(expected: Facts, found: Facts, counted: Counted | None = None, a
     for key in sorted(old.keys() | new.keys()):
         if old.get(key, 0) == new.get(key, 0) or not (all_facts or key[-2:-1] == ("triton",)):
             continue
-        places = {} if counted is None or len(key) < 3 else counted.places.get(key[-1], {})
+        places: dict[str, int] = {} if counted is None or len(key) < 3 else counted.places.get(key[-1], {})
         by = ", ".join(f"{place} ({times})" for place, times in sorted(places.items()))
         now = f" (now in {by})" if by and new.get(key, 0) else ""
         lines.append(f"{', '.join(key)}: {old.get(key, 0):,} -> {new.get(key, 0):,}{now}")

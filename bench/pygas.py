@@ -163,10 +163,10 @@ class Adjacency:
 
     def __init__(self, batch: Batch) -> None:
         joint, (transposed, _) = batch.joint(), batch.joint_transposed()
-        self.edges, place = plain.edges_of(batch)
+        self.edges, order = plain.edges_of(batch)
         self.size = (batch.num_nodes, batch.num_nodes + batch.num_halo)
         self.degree = joint.rowptr.diff()
-        weight = None if batch.edge_weight is None else batch.edge_weight.index_select(0, place)
+        weight = None if batch.edge_weight is None else batch.edge_weight.index_select(0, order)
         self.sparse: SparseTensor | None = None
         if is_compiled_for(batch.device):
             from torch_sparse import SparseTensor
@@ -178,11 +178,10 @@ class Adjacency:
             self.sparse.fill_cache_()
             return
         weight = torch.ones(batch.num_edges, device=batch.device) if weight is None else weight
-        back = (
-            torch.ones_like(weight)
-            if batch.edge_weight is None
-            else batch.edge_weight.index_select(0, transposed.edge_id)
-        )
+        back = torch.ones_like(weight)
+        if batch.edge_weight is not None:
+            assert transposed.edge_id is not None
+            back = batch.edge_weight.index_select(0, transposed.edge_id)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             self.matrix = torch.sparse_csr_tensor(*joint[:2], weight, self.size, check_invariants=False)
@@ -209,7 +208,7 @@ class _Matmul(torch.autograd.Function):
         return torch.sparse.mm(matrix, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return torch.sparse.mm(ctx.transposed, grad), None, None
 
 
@@ -316,7 +315,8 @@ def apply(conv: Any, x: Tensor, initial: Tensor, adjacency: Adjacency) -> Tensor
         case layers.GATConv():
             return plain.gat(conv, x, adjacency.edges)
         case layers.GCNConv():
-            return adjacency.matmul(conv.lin(x)) + conv.bias
+            out = adjacency.matmul(conv.lin(x))
+            return out if conv.bias is None else out + conv.bias
         case layers.SAGEConv():
             return conv.lin_l(adjacency.matmul(x, conv.aggr)) + conv.lin_r(x[:num_rows])
         case layers.GINConv():

@@ -273,7 +273,7 @@ def memory_by_way(rows: Sequence[Row]) -> str:
         text = memory(row["step_bytes"] / 2**20) + (f" + {memory(kept / 2**20)}" if kept else "")
         return text + ("" if used is None else f", {100 * used:.0f} %")
 
-    lines = {}
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(tuple(shown(row, name) for name in names), dict.fromkeys(ways, ""))
         line[row["way"]] = line[row["way"]] or cell(row)

@@ -28,7 +28,7 @@ def render(rows: Sequence[Row]) -> str:
         lost = [f"{row['way']}: not measured, {row['missing']}" for row in group if "missing" in row]
         body = [table(["", *(_COLUMNS.get(key, (key,))[0] for key in columns)], lines)] if lines else []
         texts.append("\n".join([title, *body, *lost]))
-    return "\n\n".join([*texts, *(["\n".join(lines)] if (lines := _checked_lines(rows)) else [])])
+    return "\n\n".join([*texts, *(["\n".join(checked)] if (checked := _checked_lines(rows)) else [])])
 
 
 def markdown(rows: Sequence[Row]) -> str:
