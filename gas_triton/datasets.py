@@ -209,7 +209,7 @@ def load(
         return _dataset(_read_npz(files[key]), files[key].stem, split, normalize_features)
     if key not in pyg and key not in ogb:
         known = ", ".join(known_names(root))
-        raise ValueError(f"name: expected one of {known} (.npz files from {folder}), got {name!r}")
+        raise ValueError(f"dataset name: expected one of {known} (.npz files from {folder}), got {name!r}")
     name = pyg.get(key) or ogb[key]
     # Imported before the try: a missing package is not a failed download. ogb needs torch_geometric for its graphs.
     package = _import("torch_geometric.datasets", name, folder)
