@@ -313,7 +313,8 @@ def test_names_are_listed_and_an_unknown_one_says_so(tmp_path: Path) -> None:
     assert names[:3] == ("generated", "Mine", "cora")
     assert {"CiteSeer", "CoauthorPhysics", "WikiCS", "Reddit2", "ogbn-products"} < set(names)
     assert "Cora" not in names
-    with pytest.raises(ValueError, match=r"dataset name: expected one of generated, Mine, cora, .*ogbn-arxiv.*got 'nonsense'"):
+    message = r"dataset name: expected one of generated, Mine, cora, .*ogbn-arxiv.*got 'nonsense'"
+    with pytest.raises(ValueError, match=message):
         load("nonsense", tmp_path)
 
 
