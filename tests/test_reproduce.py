@@ -51,7 +51,7 @@ def test_the_cell_without_published_settings_has_those_of_its_neighbours():
 
 def test_first_seeds_of_all_cells_come_first_and_every_model_has_its_number():
     runs = reproduce.wanted(list(reproduce.DATASETS), list(reproduce.MODELS), list(reproduce.WAYS), None)
-    control, remedies = 3 * 20 + 3 * 10, 2 * (20 + 10)
+    control, remedies = 3 * 20 + 4 * 10, 2 * (20 + 10)
     assert len(set(runs)) == len(runs) == 5 * 2 * (20 + 20 + 10 + 10) + 3 * (20 + 10 + 10) + control + remedies
     numbers = [run[3] for run in runs]
     assert numbers == sorted(numbers)
